@@ -1,0 +1,1 @@
+"""Tasks, prompts and episodes: what a model is asked."""

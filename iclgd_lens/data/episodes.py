@@ -1,0 +1,72 @@
+"""Episodes: the demonstrations and queries that one comparison is made on, as tokens of one model's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+
+from iclgd_lens.data.prompts import Demonstration, Query
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """One draw of a task: the same demonstrations for all queries.
+
+    Attributes:
+        task: The task's name.
+        seed: The seed it was drawn with.
+        demonstrations: In prompt order.
+        queries: In draw order.
+        label_words: One word per class.
+        label_tokens: The tokens of each label word, one `[label_pos]` tensor per class.
+    """
+
+    task: str
+    seed: int
+    demonstrations: tuple[Demonstration, ...]
+    queries: tuple[Query, ...]
+    label_words: tuple[str, ...]
+    label_tokens: tuple[Int[Tensor, "label_pos"], ...]
+
+    @property
+    def k(self) -> int:
+        """The number of demonstrations."""
+        return len(self.demonstrations)
+
+
+def how_many_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query], n_ctx: int) -> int:
+    """How many demonstrations, from the first, fit a context window of `n_ctx` tokens with BOS and the longest query."""
+    room = n_ctx - 1 - _longest_body(queries)
+    for count, demonstration in enumerate(demonstrations):
+        room -= len(demonstration.tokens) - 1 + len(demonstration.separator)
+        if room < 0:
+            return count
+    return len(demonstrations)
+
+
+def require_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query], n_ctx: int) -> None:
+    """Check that the demonstrations and the longest query fit a context window together.
+
+    Raises:
+        ValueError: If they do not, saying how many demonstrations would.
+    """
+    context = sum(len(demonstration.tokens) - 1 + len(demonstration.separator) for demonstration in demonstrations)
+    needed = 1 + context + _longest_body(queries)
+    if needed <= n_ctx:
+        return
+    fitting = how_many_fit(demonstrations, queries, n_ctx)
+    advice = f"{fitting} would fit: pass k={fitting}, or k='fit'" if fitting else "not even one demonstration would fit"
+    raise ValueError(
+        f"{len(demonstrations)} demonstrations and the longest query make a prompt of {needed} tokens, longer than the model's "
+        f"context window of {n_ctx}; {advice}"
+    )
+
+
+def _longest_body(queries: Sequence[Query]) -> int:
+    """The tokens that the longest query needs behind a context: its text without BOS, and its longest label but the last
+    token, which is only predicted.
+    """
+    return max(len(query.tokens) - 1 + max((len(tokens) for tokens in query.label_tokens), default=1) - 1 for query in queries)

@@ -1,0 +1,1 @@
+"""Whole comparisons and their tidy results."""

@@ -1,0 +1,1 @@
+"""Similarities between runs, and their controls."""

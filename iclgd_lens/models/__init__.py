@@ -1,0 +1,1 @@
+"""Models and their hook names: loading, sites, readout, untrained twins, the bundled learner."""

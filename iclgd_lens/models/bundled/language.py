@@ -1,0 +1,144 @@
+"""The small language that the bundled in-context learner reads.
+
+A *sentence* is five English words: four from one topic and one distractor from another. An *example* is a sentence with a
+label word after it; an *episode* fixes a few topics and a label word for each. In a **natural** episode every topic carries
+its own name, so the label can be known without any demonstration. In a **remapped** episode the label words are drawn at
+random, so only the demonstrations can say which is which. That contrast is what makes the model a fair test bed: its
+zero-shot and in-context behaviour differ for a known reason.
+
+Nothing here touches a model. Every draw goes through `random.Random.random`, the one method whose stream Python promises
+to keep for a given seed, so the same seed gives the same episode on every machine.
+
+>>> rng = random.Random("readme")
+>>> task = draw_assignment(rng, n_classes=2, mapping="natural")
+>>> [topic == label for topic, label in zip(task.topics, task.label_words)]
+[True, True]
+>>> len(draw_sentence(rng, task.topics[0]).split())
+5
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
+
+Mapping = Literal["natural", "remapped"]
+
+TEMPLATE = "Words: {text} Label:"
+"""How a sentence is put to the model; the label word follows with a leading space."""
+
+SEPARATOR = " ;"
+"""What stands between two demonstrations in a prompt."""
+
+BOS, UNKNOWN = "<bos>", "<unk>"
+
+SENTENCE_LENGTH = 5
+
+_WORDS = {
+    "animals": """
+        lion tiger wolf bear horse rabbit fox deer goat sheep camel monkey elephant zebra giraffe otter beaver
+        squirrel badger panther donkey hamster leopard moose
+    """,
+    "food": """
+        bread cheese butter soup rice pasta pizza salad sausage pancake omelette honey yogurt noodle biscuit steak
+        muffin curry porridge sandwich pudding waffle dumpling stew
+    """,
+    "clothing": """
+        shirt trousers jacket scarf glove sock hat coat skirt dress belt sweater boot sandal mitten vest blouse apron
+        cloak slipper hoodie kilt tunic cardigan
+    """,
+    "weather": """
+        rain snow thunder lightning fog hail breeze storm drizzle frost sunshine cloud blizzard mist gale sleet
+        hurricane tornado drought monsoon heatwave dew rainbow downpour
+    """,
+    "music": """
+        violin piano guitar trumpet drum flute cello harp melody rhythm chord tuba clarinet banjo opera choir symphony
+        ballad lullaby saxophone oboe tempo octave ukulele
+    """,
+    "sports": """
+        tennis hockey rugby cricket golf boxing sprint marathon goalkeeper referee stadium racket medal archery
+        fencing rowing skiing surfing volleyball wrestling badminton trophy javelin gymnastics
+    """,
+    "tools": """
+        hammer wrench screwdriver chisel saw drill pliers ladder shovel rake axe anvil crowbar mallet sandpaper
+        toolbox clamp hacksaw spanner trowel pickaxe lathe vise bolt
+    """,
+    "travel": """
+        airport passport suitcase ticket hotel luggage train ferry map tourist harbour journey visa cruise taxi
+        highway station compass voyage backpack itinerary embassy runway hostel
+    """,
+}
+
+TOPIC_WORDS: dict[str, tuple[str, ...]] = {topic: tuple(words.split()) for topic, words in _WORDS.items()}
+"""The topics, each with its own words; no word belongs to two topics."""
+
+NEUTRAL_LABELS: tuple[str, ...] = ("alpha", "beta", "gamma", "delta", "sigma", "omega", "kappa", "theta")
+"""Label words that name no topic; with the topic names they are the pool for remapped episodes."""
+
+LABEL_POOL: tuple[str, ...] = (*TOPIC_WORDS, *NEUTRAL_LABELS)
+
+
+def vocabulary() -> list[str]:
+    """Every token of the language, in the order of their ids: specials, template words, label words, topic words."""
+    return [
+        UNKNOWN,
+        BOS,
+        *TEMPLATE.format(text="").split(),
+        SEPARATOR.strip(),
+        *LABEL_POOL,
+        *(word for words in TOPIC_WORDS.values() for word in words),
+    ]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which topics an episode is about, and the label word that stands for each.
+
+    Attributes:
+        topics: Topic names, one per class.
+        label_words: The word that labels each class, in the same order.
+    """
+
+    topics: tuple[str, ...]
+    label_words: tuple[str, ...]
+
+
+def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
+    """Return the items in a random order that depends on `rng.random()` alone, so that it is the same on every machine."""
+    keys = [rng.random() for _ in items]
+    return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+def pick(rng: random.Random, items: Sequence[T]) -> T:
+    """Return one item, uniformly, by `rng.random()` alone."""
+    return items[int(rng.random() * len(items))]
+
+
+def draw_assignment(rng: random.Random, *, n_classes: int, mapping: Mapping) -> Assignment:
+    """Draw the topics of an episode and their label words.
+
+    Args:
+        rng: The source of randomness.
+        n_classes: How many topics, 2 to 8.
+        mapping: `"natural"`: each topic is labelled by its own name. `"remapped"`: by a word drawn from all label words
+            without replacement, so now and then a topic keeps its own name, as chance has it.
+
+    Raises:
+        ValueError: If `n_classes` is not between 2 and the number of topics.
+    """
+    if not 2 <= n_classes <= len(TOPIC_WORDS):
+        raise ValueError(f"n_classes must be between 2 and {len(TOPIC_WORDS)}, got {n_classes}")
+    topics = tuple(shuffled(rng, list(TOPIC_WORDS))[:n_classes])
+    labels = topics if mapping == "natural" else tuple(shuffled(rng, LABEL_POOL)[:n_classes])
+    return Assignment(topics, labels)
+
+
+def draw_sentence(rng: random.Random, topic: str) -> str:
+    """Draw four words of a topic and one distractor of another topic, in random order."""
+    own = shuffled(rng, TOPIC_WORDS[topic])[: SENTENCE_LENGTH - 1]
+    distractor = pick(rng, TOPIC_WORDS[pick(rng, [other for other in TOPIC_WORDS if other != topic])])
+    return " ".join(shuffled(rng, [*own, distractor]))

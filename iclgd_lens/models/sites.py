@@ -1,0 +1,161 @@
+"""Where a hooked model is read and written: the one module that knows hook names.
+
+Everything else asks a `HookSites` for the name of a place, so that one implementation serves every model that has these
+places. The places, for layer ℓ:
+
+====================  ==========================================  =======================================================
+`residual_in[ℓ]`      `[batch pos d_model]`                       the residual stream before block ℓ
+`residual_out[ℓ]`     `[batch pos d_model]`                       the residual stream after block ℓ
+`projection_in[ℓ]`    `[batch pos d_model]`, via `project_from`   what the key and value projections multiply
+`keys[ℓ]`             `[batch pos kv_head d_head]`                output of the key projection, before any rotation
+`values[ℓ]`           `[batch pos kv_head d_head]`                output of the value projection
+`scores[ℓ]`           `[batch head query_pos key_pos]`            attention scores before softmax, scaled and masked
+`attention_out[ℓ]`    `[batch pos d_model]`                       attention's output as it is added to the residual stream
+====================  ==========================================  =======================================================
+
+On a `HookedTransformer` the hook nearest the projections' input, `ln1.hook_normalized`, fires before the norm's scale and
+shift are applied (unless they were folded into the weights), so `project_from` applies them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+PROCESSED_NORMS = ("LNPre", "RMSPre")
+"""`cfg.normalization_type` of models whose norm weights were folded into the matrices that read from them."""
+
+_POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+
+
+@dataclass(frozen=True)
+class HookSites:
+    """The hook names of one model; see the module's table for what each holds.
+
+    Attributes:
+        model: The model whose sites these are.
+        residual_in, residual_out, projection_in, keys, values, scores, attention_out: One hook name per layer.
+        exchangeable_padding: Whether padding between a prompt's parts leaves attention as it was. False where attention
+            depends on distances counted in array positions (local windows, ALiBi): there, prompts are batched by length.
+    """
+
+    model: HookedTransformer
+    residual_in: tuple[str, ...]
+    residual_out: tuple[str, ...]
+    projection_in: tuple[str, ...]
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    scores: tuple[str, ...]
+    attention_out: tuple[str, ...]
+    exchangeable_padding: bool
+
+    @classmethod
+    def of(cls, model: HookedTransformer) -> HookSites:
+        """Find the sites of a model.
+
+        Raises:
+            TypeError: If the model is not a `HookedTransformer`.
+            ValueError: If its configuration is one that these sites cannot serve, or it lacks a needed hook.
+        """
+        if not isinstance(model, HookedTransformer):
+            raise TypeError(
+                f"need a transformer_lens HookedTransformer, got {type(model).__name__}; "
+                "load one with load_model(name) or HookedTransformer.from_pretrained_no_processing(name)"
+            )
+        _refuse_unsupported(model)
+        cfg = model.cfg
+        reads_stream_directly = cfg.normalization_type is None or cfg.original_architecture in _POST_NORM_ARCHITECTURES
+        normalised = "hook_resid_pre" if reads_stream_directly else "ln1.hook_normalized"
+
+        def at(place: str) -> tuple[str, ...]:
+            return tuple(f"blocks.{layer}.{place}" for layer in range(cfg.n_layers))
+
+        sites = cls(
+            model=model,
+            residual_in=at("hook_resid_pre"),
+            residual_out=at("hook_resid_post"),
+            projection_in=at(normalised),
+            keys=at("attn.hook_k"),
+            values=at("attn.hook_v"),
+            scores=at("attn.hook_attn_scores"),
+            attention_out=at("hook_attn_out"),
+            exchangeable_padding=not cfg.use_local_attn
+            and cfg.positional_embedding_type not in ("alibi", "relative_positional_bias"),
+        )
+        sites._check_hooks_exist()
+        return sites
+
+    @property
+    def n_layers(self) -> int:
+        """The number of blocks."""
+        return int(self.model.cfg.n_layers)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """The number of key and value heads: `n_heads`, or fewer with grouped-query attention."""
+        cfg = self.model.cfg
+        return int(cfg.n_heads if cfg.n_key_value_heads is None else cfg.n_key_value_heads)
+
+    def project_from(self, layer: int, seen: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Turn what the hook at `projection_in[layer]` saw into what `W_K` and `W_V` of that layer multiply."""
+        norm: Any = self.model.blocks[layer].ln1
+        # The same cast that the norm makes between its hook and its scale, for half-precision models.
+        seen = seen.to(self.model.cfg.dtype)
+        if self.projection_in[layer].endswith("hook_resid_pre") or not hasattr(norm, "w"):
+            return seen
+        return seen * norm.w + norm.b if hasattr(norm, "b") else seen * norm.w
+
+    def _check_hooks_exist(self) -> None:
+        needed = (
+            *self.residual_in,
+            *self.residual_out,
+            *self.projection_in,
+            *self.keys,
+            *self.values,
+            *self.scores,
+            *self.attention_out,
+        )
+        missing = [name for name in needed if name not in self.model.hook_dict]
+        if missing:
+            raise ValueError(f"the model has no hook named {missing[0]} ({len(missing)} needed hooks are missing)")
+
+
+def warn_if_processed(model: HookedTransformer) -> None:
+    """Warn that gradient steps on processed weights are not the steps of the model as it was trained.
+
+    Gradient descent is not invariant to a change of parameters: folding a norm's scale into `W_K` changes the gradient of
+    `W_K` by that scale squared in effect, so an update of a folded model is another update.
+    """
+    if model.cfg.normalization_type in PROCESSED_NORMS:
+        warnings.warn(
+            f"this model's layer norms are folded into its weights (normalization_type={model.cfg.normalization_type!r}), "
+            "and gradient descent is not invariant to that: the update will differ from the one that the model as trained "
+            "would make. Load it with load_model(name) or from_pretrained_no_processing(name) to compare with the paper.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _refuse_unsupported(model: HookedTransformer) -> None:
+    cfg = model.cfg
+    if cfg.use_split_qkv_input or cfg.use_attn_in:
+        raise ValueError(
+            "the model has separate attention inputs per head (use_split_qkv_input or use_attn_in); turn them off with "
+            "model.set_use_split_qkv_input(False) and model.set_use_attn_in(False)"
+        )
+    if cfg.positional_embedding_type == "shortformer":
+        raise ValueError("shortformer models are not supported: their keys and values are made from different inputs")
+    if cfg.attention_dir != "causal":
+        raise ValueError(f"in-context learning is read at a prompt's end and needs causal attention, got {cfg.attention_dir}")
+    if cfg.ungroup_grouped_query_attention:
+        raise ValueError(
+            "the model's grouped keys and values are spread over all heads, and TransformerLens cannot cache them so; turn it "
+            "off with model.set_ungroup_grouped_query_attention(False)"
+        )
+    if cfg.load_in_4bit:
+        raise ValueError("models loaded in 4 bits are not supported: their key and value weights have no plain form")

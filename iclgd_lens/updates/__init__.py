@@ -1,0 +1,1 @@
+"""Gradient steps in dual form, and their injection by hooks."""

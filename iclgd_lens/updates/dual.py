@@ -1,0 +1,182 @@
+"""Updates in dual form: what gradient steps did, kept as the training tokens that they were made from.
+
+A gradient step on a linear map is a sum over the tokens it was trained on, `ΔW = Σᵢ xᵢ ⊗ eᵢ` with `xᵢ` the map's input and
+`eᵢ = −lr · ∂loss/∂output` at token i (Irie et al. 2022, section 2; Aizerman et al. 1964). A `ParameterUpdate` keeps the pairs, so
+it can be injected without touching a weight, materialised as ΔW, or attributed to single demonstration tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.sites import HookSites
+from iclgd_lens.updates.inject import NamedHook, Parameter, injection_hooks
+
+FILE_FORMAT = "iclgd_lens.ParameterUpdate/1"
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How an update was made; the arguments of `gd` and `lcgd`.
+
+    Attributes:
+        method: `"gd"` or `"lcgd"`.
+        lr: Step size.
+        loss_on: `"demonstration"` or `"label"`.
+        readout: `"vocab"` or `"labels"`.
+        schedule: `"online"` or `"batch"`.
+        epochs: Passes over the demonstrations.
+        parameters: The parameters that were trained.
+    """
+
+    method: Literal["gd", "lcgd"]
+    lr: float
+    loss_on: Literal["demonstration", "label"]
+    readout: Literal["vocab", "labels"]
+    schedule: Literal["online", "batch"]
+    epochs: int
+    parameters: tuple[Parameter, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterUpdate:
+    """The change that gradient steps on demonstrations make to every layer's key and value projections.
+
+    A token here is one position of one demonstration in one epoch, in the order in which they were trained on.
+
+    Attributes:
+        inputs: `[layer token d_model]`: xᵢ, what `W_K` and `W_V` multiplied when the step's gradient was taken.
+        key_errors: `[layer token kv_head d_head]`: eᵢ at the key projection's output; zero where neither `W_K` nor `b_K` is
+            trained.
+        value_errors: `[layer token kv_head d_head]`: the same for values.
+        demonstration: `[token]`: the index of the demonstration that the token belongs to.
+        position: `[token]`: its position in that demonstration, BOS being 0.
+        gradient_norms: `[layer step]`: ℓ2 norm of the gradient over a layer's trained parameters, for every demonstration in the
+            order of training; with one epoch a step is a demonstration (Deutch et al. 2024, Figure 4).
+        losses: `[step]`: the loss of that demonstration in nats, before its step; for LCGD the sum over layers.
+        settings: How the update was made.
+        fingerprint: The digest of the model that it was made on and belongs to.
+    """
+
+    inputs: Float[Tensor, "layer token d_model"]
+    key_errors: Float[Tensor, "layer token kv_head d_head"]
+    value_errors: Float[Tensor, "layer token kv_head d_head"]
+    demonstration: Int[Tensor, "token"]
+    position: Int[Tensor, "token"]
+    gradient_norms: Float[Tensor, "layer step"]
+    losses: Float[Tensor, "step"]
+    settings: UpdateSettings
+    fingerprint: str
+
+    def delta(self, name: Parameter, layer: int) -> Float[Tensor, "..."]:
+        """Materialise the change of one parameter of one layer, in float32 and TransformerLens's layout.
+
+        Args:
+            name: `"W_K"` or `"W_V"`, giving `[head d_model d_head]`, or `"b_K"` or `"b_V"`, giving `[head d_head]`. With
+                grouped-query attention the heads are the key-value heads. Zero for a parameter that was not trained.
+            layer: Which layer; negative counts from the last.
+
+        Raises:
+            ValueError: If there is no such parameter or layer.
+        """
+        if name not in get_args(Parameter):
+            raise ValueError(f"name must be one of {', '.join(get_args(Parameter))}; got {name!r}")
+        n_layers = len(self.inputs)
+        if not -n_layers <= layer < n_layers:
+            raise ValueError(f"layer={layer}, but the update has {n_layers} layers")
+        errors = (self.key_errors if name.endswith("K") else self.value_errors)[layer].float()
+        if name not in self.settings.parameters:
+            errors = torch.zeros_like(errors)
+        if name.startswith("b"):
+            return errors.sum(dim=0)
+        return einsum(self.inputs[layer].float(), errors, "token d_model, token head d_head -> head d_model d_head")
+
+    @property
+    def norms(self) -> dict[str, Float[Tensor, "layer"]]:
+        """The Frobenius norm of every trained parameter's change, per layer."""
+        return {
+            name: torch.stack([self.delta(name, layer).norm() for layer in range(len(self.inputs))])
+            for name in self.settings.parameters
+        }
+
+    def fwd_hooks(self, model: HookedTransformer) -> list[NamedHook]:
+        """Make the hooks under which `model` runs as if it had been updated, for `model.run_with_hooks(fwd_hooks=...)`.
+
+        Hooks run in list order: put hooks that edit an attention layer's input before these, and all others where you like.
+        The hooks hold ΔW, as much memory as the trained parameters themselves.
+
+        Raises:
+            ValueError: If the update was made on another model.
+        """
+        if (found := fingerprint(model)) != self.fingerprint:
+            raise ValueError(
+                f"this update belongs to another model: it was made on one with fingerprint {self.fingerprint}, and this one "
+                f"has {found} (other weights, another shape or another dtype)"
+            )
+        stacked: dict[str, Tensor] = {
+            name: torch.stack([self._flat_delta(name, layer) for layer in range(len(self.inputs))]).to(model.cfg.device)
+            for name in self.settings.parameters
+        }
+        return injection_hooks(HookSites.of(model), stacked)
+
+    @contextmanager
+    def attached(self, model: HookedTransformer) -> Iterator[HookedTransformer]:
+        """Run `model` as if it had been updated, within a `with` block; afterwards, also after an exception, it is as before.
+
+        Raises:
+            ValueError: If the update was made on another model.
+        """
+        with model.hooks(fwd_hooks=[*self.fwd_hooks(model)]):
+            yield model
+
+    def save(self, path: str | Path) -> None:
+        """Write the update to a safetensors file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        metadata = {"format": FILE_FORMAT, "settings": json.dumps(asdict(self.settings)), "fingerprint": self.fingerprint}
+        save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata=metadata)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> ParameterUpdate:
+        """Read an update that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not a saved update.
+        """
+        try:
+            with safe_open(Path(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FILE_FORMAT:
+                    raise ValueError(f"{path} is not a saved update: its format is {metadata.get('format')!r}")
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a saved update: {error}") from error
+        settings = json.loads(metadata["settings"])
+        settings["parameters"] = tuple(settings["parameters"])
+        return cls(**tensors, settings=UpdateSettings(**settings), fingerprint=metadata["fingerprint"])
+
+    def _flat_delta(self, name: Parameter, layer: int) -> Tensor:
+        delta = self.delta(name, layer)
+        if name.startswith("b"):
+            return rearrange(delta, "head d_head -> (head d_head)")
+        return rearrange(delta, "head d_model d_head -> d_model (head d_head)")
+
+
+_TENSORS = ("inputs", "key_errors", "value_errors", "demonstration", "position", "gradient_norms", "losses")

@@ -1,0 +1,386 @@
+"""Gradient descent on demonstrations: vanilla (GD) and layer-causal (LCGD).
+
+Both train every layer's key and value projections by plain SGD, one step per demonstration, in order, so that demonstration j is
+seen by weights already updated on 1 … j−1 (Deutch et al. 2024, section 3.1 and the authors' code). They differ in the loss:
+
+- **GD**: the loss at the model's output; its gradient for layer ℓ depends on all layers above ℓ too.
+- **LCGD**: every block's input is cut off from the graph, every block's output is read out through the final norm and the
+  unembedding and has its own loss, and the losses are summed (section 3.2). So layer ℓ's update depends on layers ≤ ℓ only,
+  as the change that demonstrations make in-context does.
+
+No weight is touched and no gradient of a weight is formed by autograd: hooks read the projections' inputs xᵢ and the gradients
+gᵢ at their outputs, which is all there is to know, since ∂loss/∂W = Σᵢ xᵢ ⊗ gᵢ. For LCGD the gradient of a block is taken
+inside the hook at its output and the block's graph dropped before the next one runs, so memory is one block's, whatever the
+depth.
+
+>>> from iclgd_lens.data.tasks import load_task
+>>> from iclgd_lens.models.loading import load_model
+>>> model = load_model("bundled")
+>>> episode = load_task("bundled/remapped").episode(model, k=4, n_queries=1, seed=0)
+>>> update = lcgd(model, episode.demonstrations, lr=0.01)
+>>> list(update.gradient_norms.shape)
+[4, 4]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from iclgd_lens.data.prompts import Demonstration
+from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.readout import read_out
+from iclgd_lens.models.sites import HookSites, warn_if_processed
+from iclgd_lens.updates.dual import ParameterUpdate, UpdateSettings
+from iclgd_lens.updates.inject import NamedHook, Parameter, injection_hooks
+
+LossOn = Literal["demonstration", "label"]
+Readout = Literal["vocab", "labels"]
+Schedule = Literal["online", "batch"]
+
+ALL_PARAMETERS: tuple[Parameter, ...] = ("W_K", "b_K", "W_V", "b_V")
+
+
+def gd(
+    model: HookedTransformer,
+    demonstrations: Sequence[Demonstration],
+    *,
+    lr: float,
+    loss_on: LossOn = "demonstration",
+    readout: Readout = "vocab",
+    schedule: Schedule = "online",
+    epochs: int = 1,
+    parameters: Sequence[Parameter] = ALL_PARAMETERS,
+    label_tokens: Sequence[Int[Tensor, "label_pos"]] | None = None,
+) -> ParameterUpdate:
+    """Make the update of vanilla gradient descent: the loss is at the model's output.
+
+    Args:
+        model: The model; it is only read, and its hooks act as they do in any run.
+        demonstrations: What to train on, in order.
+        lr: Step size of plain SGD (no momentum, no decay).
+        loss_on: `"demonstration"`: mean cross-entropy over all predicted tokens of the demonstration (the authors' code);
+            `"label"`: over its label tokens.
+        readout: `"vocab"`: over the full vocabulary (the authors' code); `"labels"`: restricted to the tokens that occur in any
+            label word ("projected to the label space", Figure 1), which needs `loss_on="label"` and `label_tokens`.
+        schedule: `"online"`: one step per demonstration, in order. `"batch"`: one step per epoch on the sum of the
+            demonstrations' losses, all gradients taken at the same weights; as lr → 0 the two agree to first order.
+        epochs: Passes over the demonstrations.
+        parameters: Which of every layer's `W_K`, `b_K`, `W_V`, `b_V` are trained.
+        label_tokens: The tokens of each label word, `episode.label_tokens`; needed for `readout="labels"`.
+
+    Returns:
+        The update in dual form, in float32 where it sums and in the model's dtype where it stores.
+
+    Raises:
+        ValueError: If an option is unknown or does not fit another, there are no demonstrations, one is longer than the context
+            window, or the update becomes non-finite (the message names the demonstration and the layer).
+    """
+    settings = UpdateSettings("gd", lr, loss_on, readout, schedule, epochs, tuple(parameters))
+    return _descend(model, demonstrations, settings, label_tokens, _gd_gradients)
+
+
+def lcgd(
+    model: HookedTransformer,
+    demonstrations: Sequence[Demonstration],
+    *,
+    lr: float,
+    loss_on: LossOn = "demonstration",
+    readout: Readout = "vocab",
+    schedule: Schedule = "online",
+    epochs: int = 1,
+    parameters: Sequence[Parameter] = ALL_PARAMETERS,
+    label_tokens: Sequence[Int[Tensor, "label_pos"]] | None = None,
+) -> ParameterUpdate:
+    """Make the update of layer-causal gradient descent: every layer has its own logit-lens loss, and nothing flows below it.
+
+    Arguments, return value and errors are those of `gd`. The last layer's first step is `gd`'s.
+    """
+    settings = UpdateSettings("lcgd", lr, loss_on, readout, schedule, epochs, tuple(parameters))
+    return _descend(model, demonstrations, settings, label_tokens, _lcgd_gradients)
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradients:
+    """What one demonstration's loss says about every layer: xᵢ, and gᵢ = ∂loss/∂output at keys and values, None if untrained."""
+
+    inputs: list[Float[Tensor, "pos d_model"]]
+    keys: list[Float[Tensor, "pos kv_head d_head"]] | None
+    values: list[Float[Tensor, "pos kv_head d_head"]] | None
+    loss: Float[Tensor, ""]
+
+
+Loss = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, ""]]
+
+
+def _descend(
+    model: HookedTransformer,
+    demonstrations: Sequence[Demonstration],
+    settings: UpdateSettings,
+    label_tokens: Sequence[Int[Tensor, "label_pos"]] | None,
+    gradients_of: Callable[..., _Gradients],
+) -> ParameterUpdate:
+    """Plain SGD over the demonstrations, gradients from `gradients_of`."""
+    sites = HookSites.of(model)
+    columns = _check(model, demonstrations, settings, label_tokens)
+    warn_if_processed(model)
+    running = _zero_deltas(sites, settings.parameters)
+    pending = {name: torch.zeros_like(delta) for name, delta in running.items()}
+    steps: list[_Gradients] = []
+    norms: list[Float[Tensor, "layer"]] = []
+    for _ in range(settings.epochs):
+        for number, demonstration in enumerate(demonstrations):
+            tokens = demonstration.tokens.to(model.cfg.device)
+            loss = _loss(model, tokens, demonstration.n_label_tokens, settings, columns)
+            # Gradients are wanted whatever the caller's autograd mode: notebooks often switch it off.
+            with torch.inference_mode(False), torch.enable_grad():
+                found = gradients_of(sites, tokens, injection_hooks(sites, running), loss, settings.parameters)
+            steps.append(found)
+            norms.append(_accumulate(found, pending, settings.lr))
+            _refuse_non_finite(norms[-1], settings, number, len(demonstrations))
+            if settings.schedule == "online":
+                _apply(pending, running)
+        if settings.schedule == "batch":
+            _apply(pending, running)
+    return _in_dual_form(sites, demonstrations, settings, steps, norms)
+
+
+def _gd_gradients(
+    sites: HookSites, tokens: Int[Tensor, "pos"], injected: list[NamedHook], loss: Loss, parameters: tuple[Parameter, ...]
+) -> _Gradients:
+    """One forward and one backward pass, from the loss at the output down to the first layer's keys and values."""
+    recorder = _Recorder(sites, parameters)
+    final: list[Tensor] = []
+    hooks = [*injected]
+    for layer in range(sites.n_layers):
+        # Below the first layer nothing is trained: its projections are leaves, where backward stops.
+        hooks += recorder.hooks(layer, cut=layer == 0)
+    hooks.append((sites.residual_out[-1], lambda residual, hook: final.append(residual)))
+    _run(sites, tokens, hooks)
+    value = loss(final[0])
+    return recorder.gradients([torch.autograd.grad(value, recorder.outputs())], value)
+
+
+def _lcgd_gradients(
+    sites: HookSites, tokens: Int[Tensor, "pos"], injected: list[NamedHook], loss: Loss, parameters: tuple[Parameter, ...]
+) -> _Gradients:
+    """One forward pass; inside the hook at every block's output, that block's loss and its gradient."""
+    recorder = _Recorder(sites, parameters)
+    values: list[Float[Tensor, ""]] = []
+    found: list[tuple[Tensor, ...]] = []
+
+    def take(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+        value = loss(residual)
+        found.append(torch.autograd.grad(value, recorder.outputs()))
+        recorder.forget_outputs()
+        values.append(value.detach())
+        return residual.detach()
+
+    hooks = [*injected]
+    for layer in range(sites.n_layers):
+        hooks += recorder.hooks(layer, cut=True)
+        hooks.append((sites.residual_out[layer], take))
+    # The first block's input is the embedding, whose weights may ask for gradients too.
+    hooks.insert(0, (sites.residual_in[0], lambda residual, hook: residual.detach()))
+    _run(sites, tokens, hooks)
+    return recorder.gradients(found, torch.stack(values).sum())
+
+
+class _Recorder:
+    """Reads, layer by layer, the projections' inputs, and holds their outputs until their gradients are taken."""
+
+    def __init__(self, sites: HookSites, parameters: tuple[Parameter, ...]) -> None:
+        self.sites = sites
+        self.trains_keys = bool({"W_K", "b_K"} & set(parameters))
+        self.trains_values = bool({"W_V", "b_V"} & set(parameters))
+        self._inputs: dict[int, Tensor] = {}
+        self._outputs: list[Tensor] = []
+
+    def hooks(self, layer: int, *, cut: bool) -> list[NamedHook]:
+        """Hooks that record one layer; with `cut`, its projections' outputs become leaves of the graph."""
+
+        def record_input(projection_in: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+            self._inputs[layer] = self.sites.project_from(layer, projection_in).detach()[0]
+
+        def record_output(projected: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> Tensor:
+            if cut:
+                projected = projected.detach().requires_grad_()
+            self._outputs.append(projected)
+            return projected
+
+        hooks: list[NamedHook] = [(self.sites.projection_in[layer], record_input)]
+        if self.trains_keys:
+            hooks.append((self.sites.keys[layer], record_output))
+        if self.trains_values:
+            hooks.append((self.sites.values[layer], record_output))
+        return hooks
+
+    def outputs(self) -> list[Tensor]:
+        """The projections' outputs seen since they were last forgotten: keys and values of each layer, in order."""
+        return self._outputs
+
+    def forget_outputs(self) -> None:
+        """Let go of the outputs, and with them of the graph behind them."""
+        self._outputs = []
+
+    def gradients(self, found: Sequence[tuple[Tensor, ...]], loss: Tensor) -> _Gradients:
+        """Sort gradients, given in the order of `outputs`, into keys and values."""
+        flat = [gradient[0] for gradients in found for gradient in gradients]
+        n_kinds = self.trains_keys + self.trains_values
+        return _Gradients(
+            inputs=[self._inputs[layer] for layer in range(self.sites.n_layers)],
+            keys=flat[::n_kinds] if self.trains_keys else None,
+            values=flat[n_kinds - 1 :: n_kinds] if self.trains_values else None,
+            loss=loss.detach(),
+        )
+
+
+def _run(sites: HookSites, tokens: Int[Tensor, "pos"], hooks: list[NamedHook]) -> None:
+    # The mask is given, all ones: without it TransformerLens may take separators for padding.
+    sites.model.run_with_hooks(tokens[None], attention_mask=torch.ones_like(tokens[None]), return_type=None, fwd_hooks=[*hooks])
+
+
+def _loss(
+    model: HookedTransformer,
+    tokens: Int[Tensor, "pos"],
+    n_label_tokens: int,
+    settings: UpdateSettings,
+    columns: Int[Tensor, "token"] | None,
+) -> Loss:
+    """Mean cross-entropy, in nats, of the demonstration's predicted tokens or of its label tokens."""
+    n_predicted = n_label_tokens if settings.loss_on == "label" else len(tokens) - 1
+    targets = tokens[-n_predicted:]
+    if columns is not None:
+        targets = torch.searchsorted(columns, targets)
+
+    def loss(residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, ""]:
+        logits = read_out(model, residual[0, -n_predicted - 1 : -1], columns)
+        return F.cross_entropy(logits.float(), targets)
+
+    return loss
+
+
+def _zero_deltas(sites: HookSites, parameters: tuple[Parameter, ...]) -> dict[str, Float[Tensor, "layer *shape"]]:
+    cfg = sites.model.cfg
+    width = sites.n_kv_heads * cfg.d_head
+    shapes = {name: (width,) if name.startswith("b") else (cfg.d_model, width) for name in parameters}
+    return {name: torch.zeros(sites.n_layers, *shape, device=cfg.device) for name, shape in shapes.items()}
+
+
+def _accumulate(found: _Gradients, pending: dict[str, Tensor], lr: float) -> Float[Tensor, "layer"]:
+    """Add −lr times a demonstration's gradient to the pending change; return the gradient's norm per layer."""
+    squares = []
+    for layer, inputs in enumerate(found.inputs):
+        square = torch.zeros((), device=inputs.device)
+        for gradients, weight, bias in ((found.keys, "W_K", "b_K"), (found.values, "W_V", "b_V")):
+            if gradients is None:
+                continue
+            flat = rearrange(gradients[layer], "pos kv_head d_head -> pos (kv_head d_head)").float()
+            if weight in pending:
+                gradient = inputs.float().T @ flat
+                pending[weight][layer] -= lr * gradient
+                square = square + gradient.square().sum()
+            if bias in pending:
+                gradient = flat.sum(dim=0)
+                pending[bias][layer] -= lr * gradient
+                square = square + gradient.square().sum()
+        squares.append(square)
+    return torch.stack(squares).sqrt()
+
+
+def _apply(pending: dict[str, Tensor], running: dict[str, Tensor]) -> None:
+    for name, delta in pending.items():
+        running[name] += delta
+        delta.zero_()
+
+
+def _in_dual_form(
+    sites: HookSites,
+    demonstrations: Sequence[Demonstration],
+    settings: UpdateSettings,
+    steps: list[_Gradients],
+    norms: list[Float[Tensor, "layer"]],
+) -> ParameterUpdate:
+    def errors(kind: Literal["keys", "values"]) -> Float[Tensor, "layer token kv_head d_head"]:
+        per_step = [getattr(step, kind) for step in steps]
+        if per_step[0] is None:
+            cfg = sites.model.cfg
+            return torch.zeros(*inputs.shape[:2], sites.n_kv_heads, cfg.d_head, dtype=inputs.dtype, device=inputs.device)
+        return -settings.lr * _by_layer(per_step)
+
+    inputs = _by_layer([step.inputs for step in steps])
+    device = inputs.device
+    lengths = [len(demonstration.tokens) for demonstration in demonstrations] * settings.epochs
+    numbers = [*range(len(demonstrations))] * settings.epochs
+    return ParameterUpdate(
+        inputs=inputs,
+        key_errors=errors("keys"),
+        value_errors=errors("values"),
+        demonstration=torch.tensor(numbers, device=device).repeat_interleave(torch.tensor(lengths, device=device)),
+        position=torch.cat([torch.arange(length, device=device) for length in lengths]),
+        gradient_norms=torch.stack(norms, dim=1),
+        losses=torch.stack([step.loss for step in steps]),
+        settings=settings,
+        fingerprint=fingerprint(sites.model),
+    )
+
+
+def _by_layer(per_step: list[list[Float[Tensor, "pos *rest"]]]) -> Float[Tensor, "layer token *rest"]:
+    return torch.cat([torch.stack(layers) for layers in per_step], dim=1)
+
+
+def _refuse_non_finite(norms: Float[Tensor, "layer"], settings: UpdateSettings, number: int, count: int) -> None:
+    finite = (settings.lr * norms).isfinite()
+    if not bool(finite.all()):
+        layer = int((~finite).nonzero()[0, 0])
+        raise ValueError(
+            f"lr={settings.lr:g} made the {settings.method} update non-finite at demonstration {number} of {count} (counted from "
+            f"0), layer {layer}; use a smaller learning rate"
+        )
+
+
+def _check(
+    model: HookedTransformer,
+    demonstrations: Sequence[Demonstration],
+    settings: UpdateSettings,
+    label_tokens: Sequence[Int[Tensor, "label_pos"]] | None,
+) -> Int[Tensor, "token"] | None:
+    """Validate the arguments of `gd` and `lcgd`; return the vocabulary columns of a restricted readout, sorted."""
+    if not demonstrations:
+        raise ValueError("no demonstrations: a gradient step needs at least one")
+    for name, allowed in (("loss_on", LossOn), ("readout", Readout), ("schedule", Schedule)):
+        if (given := getattr(settings, name)) not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(allowed)))}; got {given!r}")
+    if not (math.isfinite(settings.lr) and settings.lr >= 0):
+        raise ValueError(f"lr must be finite and not negative, got {settings.lr}")
+    if settings.epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {settings.epochs}")
+    unknown = [name for name in settings.parameters if name not in ALL_PARAMETERS]
+    if unknown or not settings.parameters:
+        raise ValueError(f"parameters must be some of {', '.join(ALL_PARAMETERS)}; got {list(settings.parameters)}")
+    for number, demonstration in enumerate(demonstrations):
+        if len(demonstration.tokens) > model.cfg.n_ctx:
+            raise ValueError(
+                f"demonstration {number} has {len(demonstration.tokens)} tokens, more than the model's context window of "
+                f"{model.cfg.n_ctx}"
+            )
+    if settings.readout == "vocab":
+        return None
+    if settings.loss_on != "label":
+        raise ValueError("readout='labels' reads label tokens alone, so it needs loss_on='label'")
+    if not label_tokens:
+        raise ValueError("readout='labels' needs label_tokens, the tokens of every label word (episode.label_tokens)")
+    columns = torch.cat(list(label_tokens)).unique(sorted=True)
+    for number, demonstration in enumerate(demonstrations):
+        if not torch.isin(demonstration.tokens[-demonstration.n_label_tokens :], columns).all():
+            raise ValueError(f"the label of demonstration {number} is not among label_tokens")
+    return columns.to(model.cfg.device)
