@@ -28,6 +28,7 @@ from transformer_lens import HookedTransformer
 from iclgd_lens.capture.prefix import Prefix
 from iclgd_lens.data.episodes import require_fit
 from iclgd_lens.data.prompts import Demonstration, Query, context_tokens
+from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import read_out
 from iclgd_lens.models.sites import HookSites
 
@@ -178,7 +179,11 @@ class _Reader:
             "label_log_probs": (n, len(label_tokens)),
             "lens_logits": (n, sites.n_layers, len(label_tokens)),
         }
-        self.kept: dict[str, Tensor] = {name: torch.zeros(shapes[name], dtype=cfg.dtype, device=cfg.device) for name in wanted}
+        # Sums of log-likelihoods are kept as they were made; the rest in the model's dtype.
+        dtypes = {"label_log_probs": wide_dtype(cfg.dtype)}
+        self.kept: dict[str, Tensor] = {
+            name: torch.zeros(shapes[name], dtype=dtypes.get(name, cfg.dtype), device=cfg.device) for name in wanted
+        }
         lengths = torch.tensor([len(body) for body in bodies], device=cfg.device)
         self.query_mask = torch.arange(longest, device=cfg.device) >= longest - lengths[:, None]
 
@@ -199,7 +204,7 @@ class _Reader:
             hooks.append((self.sites.residual_out[-1], lambda residual, hook: final.append(residual[:, -1])))
         self.prefix.continue_with(bodies, hooks)
         if final:
-            self.kept["label_log_probs"][rows] = self._score_labels(bodies, final[0]).to(self.kept["label_log_probs"].dtype)
+            self.kept["label_log_probs"][rows] = self._score_labels(bodies, final[0])
 
     def _keep_attention_out(self, rows: Int[Tensor, "batch"], layer: int) -> Callable[..., None]:
         def keep(attention_out: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
@@ -252,7 +257,7 @@ class _Reader:
         return log_probs.gather(-1, targets[..., None]).squeeze(-1).sum(-1)
 
     def _log_probs(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        return read_out(self.sites.model, residual).float().log_softmax(dim=-1)
+        return wide(read_out(self.sites.model, residual)).log_softmax(dim=-1)
 
 
 def _wanted(keep: Sequence[Kept] | None, *, has_context: bool, has_labels: bool) -> tuple[Kept, ...]:

@@ -211,7 +211,7 @@ def bundled_task(mapping: language.Mapping, n_classes: int = 2) -> Task:
 
     Args:
         mapping: `"natural"`: topics are labelled by their names; `"remapped"`: by words drawn at random.
-        n_classes: The number of topics in an episode, 2 to 8.
+        n_classes: The number of topics in an episode, 2 to 16.
 
     Raises:
         ValueError: When an episode is drawn, if `n_classes` is out of range.

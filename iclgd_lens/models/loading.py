@@ -30,7 +30,7 @@ def load_model(
     """
     place = parse_device(device)
     if name == "bundled":
-        return load_bundled(device=place).to(dtype)
+        return load_bundled(device=place, dtype=dtype)
     return HookedTransformer.from_pretrained_no_processing(name, device=place, dtype=dtype).eval()
 
 

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from iclgd_lens.models.precision import wide
+
 
 def read_out(
     model: HookedTransformer,
@@ -46,7 +48,7 @@ def _final_norm(model: HookedTransformer, residual: Float[Tensor, "*batch d_mode
     norm: Any = model.ln_final
     scale, shift = getattr(norm, "w", None), getattr(norm, "b", None)
     # Norms are computed in float32 and cast back before their scale, as TransformerLens does in half precision.
-    x = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    x = wide(residual)
     if kind.startswith("LN") and not model.cfg.final_rms:
         x = F.layer_norm(x, x.shape[-1:], eps=norm.eps)
     else:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.precision import wide
 from iclgd_lens.models.sites import HookSites
 from iclgd_lens.updates.inject import NamedHook, Parameter, injection_hooks
 
@@ -83,7 +84,7 @@ class ParameterUpdate:
     fingerprint: str
 
     def delta(self, name: Parameter, layer: int) -> Float[Tensor, "..."]:
-        """Materialise the change of one parameter of one layer, in float32 and TransformerLens's layout.
+        """Materialise the change of one parameter of one layer, in at least float32 and TransformerLens's layout.
 
         Args:
             name: `"W_K"` or `"W_V"`, giving `[head d_model d_head]`, or `"b_K"` or `"b_V"`, giving `[head d_head]`. With
@@ -98,12 +99,12 @@ class ParameterUpdate:
         n_layers = len(self.inputs)
         if not -n_layers <= layer < n_layers:
             raise ValueError(f"layer={layer}, but the update has {n_layers} layers")
-        errors = (self.key_errors if name.endswith("K") else self.value_errors)[layer].float()
+        errors = wide((self.key_errors if name.endswith("K") else self.value_errors)[layer])
         if name not in self.settings.parameters:
             errors = torch.zeros_like(errors)
         if name.startswith("b"):
             return errors.sum(dim=0)
-        return einsum(self.inputs[layer].float(), errors, "token d_model, token head d_head -> head d_model d_head")
+        return einsum(wide(self.inputs[layer]), errors, "token d_model, token head d_head -> head d_model d_head")
 
     @property
     def norms(self) -> dict[str, Float[Tensor, "layer"]]:

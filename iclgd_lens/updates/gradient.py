@@ -38,6 +38,7 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import read_out
 from iclgd_lens.models.sites import HookSites, warn_if_processed
 from iclgd_lens.updates.dual import ParameterUpdate, UpdateSettings
@@ -79,7 +80,7 @@ def gd(
         label_tokens: The tokens of each label word, `episode.label_tokens`; needed for `readout="labels"`.
 
     Returns:
-        The update in dual form, in float32 where it sums and in the model's dtype where it stores.
+        The update in dual form: sums are made in at least float32, the pairs kept in the model's dtype.
 
     Raises:
         ValueError: If an option is unknown or does not fit another, there are no demonstrations, one is longer than the context
@@ -264,7 +265,7 @@ def _loss(
 
     def loss(residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, ""]:
         logits = read_out(model, residual[0, -n_predicted - 1 : -1], columns)
-        return F.cross_entropy(logits.float(), targets)
+        return F.cross_entropy(wide(logits), targets)
 
     return loss
 
@@ -273,20 +274,22 @@ def _zero_deltas(sites: HookSites, parameters: tuple[Parameter, ...]) -> dict[st
     cfg = sites.model.cfg
     width = sites.n_kv_heads * cfg.d_head
     shapes = {name: (width,) if name.startswith("b") else (cfg.d_model, width) for name in parameters}
-    return {name: torch.zeros(sites.n_layers, *shape, device=cfg.device) for name, shape in shapes.items()}
+    return {
+        name: torch.zeros(sites.n_layers, *shape, dtype=wide_dtype(cfg.dtype), device=cfg.device) for name, shape in shapes.items()
+    }
 
 
 def _accumulate(found: _Gradients, pending: dict[str, Tensor], lr: float) -> Float[Tensor, "layer"]:
     """Add −lr times a demonstration's gradient to the pending change; return the gradient's norm per layer."""
     squares = []
     for layer, inputs in enumerate(found.inputs):
-        square = torch.zeros((), device=inputs.device)
+        square = torch.zeros((), dtype=wide_dtype(inputs.dtype), device=inputs.device)
         for gradients, weight, bias in ((found.keys, "W_K", "b_K"), (found.values, "W_V", "b_V")):
             if gradients is None:
                 continue
-            flat = rearrange(gradients[layer], "pos kv_head d_head -> pos (kv_head d_head)").float()
+            flat = wide(rearrange(gradients[layer], "pos kv_head d_head -> pos (kv_head d_head)"))
             if weight in pending:
-                gradient = inputs.float().T @ flat
+                gradient = wide(inputs).T @ flat
                 pending[weight][layer] -= lr * gradient
                 square = square + gradient.square().sum()
             if bias in pending:

@@ -48,8 +48,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_learner(device: str = "cpu") -> HookedTransformer:
-    """Make the bundled architecture with its tokenizer and *uninitialised* weights, on a device, ready to be filled."""
+def build_learner(device: str = "cpu", dtype: torch.dtype = torch.float32) -> HookedTransformer:
+    """Make the bundled architecture with its tokenizer and *uninitialised* weights, ready to be filled."""
     config = HookedTransformerConfig(
         model_name="bundled",
         n_layers=4,
@@ -63,11 +63,12 @@ def build_learner(device: str = "cpu") -> HookedTransformer:
         normalization_type="LN",
         init_weights=False,
         device=device,
+        dtype=dtype,
     )
     return HookedTransformer(config, tokenizer=build_tokenizer())
 
 
-def load_bundled(path: Path = WEIGHTS, device: str = "cpu") -> HookedTransformer:
+def load_bundled(path: Path = WEIGHTS, device: str = "cpu", dtype: torch.dtype = torch.float32) -> HookedTransformer:
     """Load the bundled learner from a safetensors file that `save_bundled` wrote.
 
     Raises:
@@ -84,7 +85,7 @@ def load_bundled(path: Path = WEIGHTS, device: str = "cpu") -> HookedTransformer
             f"the weights at {path} were trained on another vocabulary ({trained_on}) than the bundled language has now "
             f"({_vocabulary_digest()}); train them again with `iclgd train-bundled`"
         )
-    model = build_learner(device)
+    model = build_learner(device, dtype)
     parameters = dict(model.named_parameters())
     if parameters.keys() != state.keys():
         raise ValueError(f"the file {path} does not hold the bundled learner: {sorted(parameters.keys() ^ state.keys())}")

@@ -1,0 +1,144 @@
+"""How alike two changes are: the paper's similarities, one number per query, layer and head.
+
+Three runs of the same queries are compared: zero-shot (ZSL), in-context (ICL) and finetuned (FT). `h` is the attention output at
+the last query token and `m` the vector of its attention scores, before softmax, to the query's own tokens.
+
+==================  ============================================  =====================================
+`sim_aou`           cos(h_ICL − h_ZSL, h_FT − h_ZSL)              Deutch et al. 2024, section 3.1
+`sim_aou_norm`      the same with every h scaled to length 1      Dai et al. 2023, section 4.2
+`sim_am`            cos(m_ICL, m_FT)                              Dai et al. 2023, section 4.2
+`sim_am_delta`      cos(m_ICL − m_ZSL, m_FT − m_ZSL)              Deutch et al. 2024, section 3.1
+`alpha`             cos(LCGD − ZSL, GD − ZSL), of h or of m       Deutch et al. 2024, Figure 2
+==================  ============================================  =====================================
+
+All are computed in float32 or better, lie in [−1, 1], and are NaN where undefined, that is where one of the two vectors is zero. A
+difference that is no larger than what rounding leaves of two equal vectors counts as zero: its direction would be noise. This
+happens in earnest in the first layer of rotary models, where demonstrations cannot change scores within the query.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from iclgd_lens.capture.activations import Activations
+from iclgd_lens.models.precision import wide
+
+OUTPUT_ROUNDING, SCORE_ROUNDING = 8, 64
+"""A difference of outputs or scores counts as zero up to so many units of rounding, relative to the longer vector. Scores want
+more: they are sums of products that cancel."""
+
+
+def sim_aou(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor, "query layer"]:
+    """Similarity of attention output updates: cos(h_ICL − h_ZSL, h_FT − h_ZSL) (Deutch et al. 2024, section 3.1).
+
+    Raises:
+        ValueError: If the runs are not of the same queries and shape.
+    """
+    _require_same_runs(icl, ft, zsl)
+    return _cosine(
+        _difference(icl.attn_out, zsl.attn_out, OUTPUT_ROUNDING), _difference(ft.attn_out, zsl.attn_out, OUTPUT_ROUNDING)
+    )
+
+
+def sim_aou_norm(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor, "query layer"]:
+    """`sim_aou` with each h scaled to unit length first (Dai et al. 2023, section 4.2).
+
+    Kept to compare with published numbers; it misleads. For two changes that share nothing, h = z + noise and h' = z + noise' of
+    equal length with independent noise orthogonal to z, it tends to (1 − ‖z‖/‖h‖)/2, which is 1/4 when ‖h‖ = 2‖z‖.
+
+    Raises:
+        ValueError: If the runs are not of the same queries and shape.
+    """
+    _require_same_runs(icl, ft, zsl)
+    unit_icl, unit_ft, unit_zsl = (_unit(run.attn_out) for run in (icl, ft, zsl))
+    return _cosine(_difference(unit_icl, unit_zsl, OUTPUT_ROUNDING), _difference(unit_ft, unit_zsl, OUTPUT_ROUNDING))
+
+
+def sim_am(icl: Activations, ft: Activations) -> Float[Tensor, "query layer head"]:
+    """Similarity of attention maps: cos(m_ICL, m_FT) (Dai et al. 2023, section 4.2).
+
+    Its reference is the same with the zero-shot run in the place of the finetuned one, `sim_am(icl, zsl)`: scores within the query
+    are alike whatever is done, so the value itself says little.
+
+    Raises:
+        ValueError: If the runs are not of the same queries and shape.
+    """
+    _require_same_runs(icl, ft)
+    return _cosine(wide(icl.query_scores), wide(ft.query_scores))
+
+
+def sim_am_delta(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor, "query layer head"]:
+    """Similarity of attention map updates: cos(m_ICL − m_ZSL, m_FT − m_ZSL) (Deutch et al. 2024, section 3.1).
+
+    Raises:
+        ValueError: If the runs are not of the same queries and shape.
+    """
+    _require_same_runs(icl, ft, zsl)
+    return _cosine(
+        _difference(icl.query_scores, zsl.query_scores, SCORE_ROUNDING),
+        _difference(ft.query_scores, zsl.query_scores, SCORE_ROUNDING),
+    )
+
+
+def alpha(
+    lcgd: Activations, gd: Activations, zsl: Activations, of: Literal["attn_out", "query_scores"] = "attn_out"
+) -> Float[Tensor, "query layer"] | Float[Tensor, "query layer head"]:
+    """How alike LCGD's and GD's updates are: the cosine of their changes relative to ZSL (Deutch et al. 2024, Figure 2).
+
+    Args:
+        lcgd: The queries run under an LCGD update.
+        gd: The same under a GD update.
+        zsl: The same zero-shot.
+        of: The change of attention outputs, giving `[query layer]`, or of attention scores, giving `[query layer head]`.
+
+    Raises:
+        ValueError: If `of` is something else, or the runs are not of the same queries and shape.
+    """
+    if of == "attn_out":
+        return sim_aou(lcgd, gd, zsl)
+    if of == "query_scores":
+        return sim_am_delta(lcgd, gd, zsl)
+    raise ValueError(f"of must be 'attn_out' or 'query_scores', got {of!r}")
+
+
+def _unit(x: Float[Tensor, "*batch component"]) -> Float[Tensor, "*batch component"]:
+    """Scale to length 1; a zero vector becomes NaN."""
+    x = wide(x)
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def _difference(
+    a: Float[Tensor, "*batch component"], b: Float[Tensor, "*batch component"], rounding: float
+) -> Float[Tensor, "*batch component"]:
+    """Subtract: a − b, or zero where that is no longer than `rounding` units of the inputs' rounding error."""
+    unit = rounding * torch.finfo(a.dtype).eps
+    a, b = wide(a), wide(b)
+    difference = a - b
+    longest = torch.maximum(a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True))
+    return difference.masked_fill(difference.norm(dim=-1, keepdim=True) <= unit * longest, 0.0)
+
+
+def _cosine(a: Float[Tensor, "*batch component"], b: Float[Tensor, "*batch component"]) -> Float[Tensor, "*batch"]:
+    """Cosine along the last axis, NaN where a vector is zero. Scaling first keeps tiny vectors from underflowing."""
+    return einsum(_unit(a), _unit(b), "... component, ... component -> ...").clamp(-1.0, 1.0)
+
+
+def _require_same_runs(*runs: Activations) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        if run.query_mask.shape != first.query_mask.shape or not torch.equal(run.query_mask, first.query_mask):
+            raise ValueError(
+                "the runs are not of the same queries: their query lengths differ "
+                f"({list(first.query_mask.sum(-1)[:8])}… against {list(run.query_mask.sum(-1)[:8])}…)"
+            )
+        for name in first.kept.keys() & run.kept.keys() & {"attn_out", "query_scores"}:
+            if run.kept[name].shape != first.kept[name].shape:
+                raise ValueError(
+                    f"the runs are not of the same model: {name} has shape {list(first.kept[name].shape)} in one and "
+                    f"{list(run.kept[name].shape)} in another"
+                )

@@ -1,0 +1,22 @@
+"""Fixtures that several folders use: the bundled model, its untrained twin and one episode."""
+
+import pytest
+from transformer_lens import HookedTransformer
+
+from iclgd_lens import load_model, load_task, untrained_twin
+from iclgd_lens.data.episodes import Episode
+
+
+@pytest.fixture(scope="session")
+def bundled() -> HookedTransformer:
+    return load_model("bundled", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def twin(bundled: HookedTransformer) -> HookedTransformer:
+    return untrained_twin(bundled, seed=0)
+
+
+@pytest.fixture(scope="session")
+def episode(bundled: HookedTransformer) -> Episode:
+    return load_task("bundled/remapped").episode(bundled, k=6, n_queries=12, seed=0)

@@ -1,0 +1,71 @@
+"""Averages and intervals over episodes, on frames whose answers are known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+from scipy import stats
+
+from iclgd_lens import paired_difference, summarise
+from iclgd_lens.experiments.results import interval, write_frame
+
+
+def rows(values: dict[int, list[float]], **about: object) -> pd.DataFrame:
+    """A frame with one value per episode and layer."""
+    base = {"task": "t", "k": 2, "model": "trained", "method": "gd", "control": "none", "metric": "sim_aou", "undefined": 1}
+    return pd.DataFrame(
+        [
+            base | about | {"seed": seed, "layer": layer, "value": value}
+            for seed, per_layer in values.items()
+            for layer, value in enumerate(per_layer)
+        ]
+    )
+
+
+def test_summary_averages_layers_first_and_then_episodes():
+    frame = rows({0: [0.0, 0.2], 1: [0.2, 0.4], 2: [0.4, 0.9]})
+    (row,) = summarise(frame).to_dict("records")
+    per_episode = [0.1, 0.3, 0.65]
+    low, high = stats.t.interval(0.95, 2, np.mean(per_episode), stats.sem(per_episode))
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((np.mean(per_episode), low, high))
+    assert (row["episodes"], row["undefined"]) == (3, 6)
+
+
+def test_summary_by_layer_keeps_layers_apart():
+    summary = summarise(rows({0: [0.0, 0.2], 1: [0.2, 0.4]}), by=["layer"])
+    assert summary["mean"].tolist() == pytest.approx([0.1, 0.3])
+
+
+def test_undefined_episodes_are_left_out():
+    (row,) = summarise(rows({0: [0.1], 1: [float("nan")], 2: [0.3]})).to_dict("records")
+    assert row["mean"] == pytest.approx(0.2)
+    assert row["episodes"] == 2
+
+
+def test_one_episode_has_a_mean_and_no_interval():
+    mean, low, high, count = interval(np.array([0.5]))
+    assert (mean, count) == (0.5, 1)
+    assert np.isnan([low, high]).all()
+    assert np.isnan(interval(np.array([np.nan]))[0])
+
+
+def test_the_interval_covers_the_true_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = [low <= 0.3 <= high for _, low, high, _ in (interval(rng.normal(0.3, 1, 6)) for _ in range(1000))]
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def test_paired_difference_pairs_by_episode():
+    gd = rows({0: [0.0], 1: [1.0], 2: [2.0]})
+    lcgd = rows({2: [2.5], 0: [0.5], 1: [1.5]}, method="lcgd")
+    condition = {"model": "trained"}
+    frame = pd.concat([gd, lcgd])
+    found = paired_difference(frame, "sim_aou", condition | {"method": "lcgd"}, condition | {"method": "gd"})
+    assert found == pytest.approx((0.5, 0.5, 0.5, 3))
+
+
+def test_frames_are_written_whole(tmp_path):
+    frame = rows({0: [0.1, 0.2]})
+    path = write_frame(frame, tmp_path / "deep" / "results.parquet")
+    assert_frame_equal(pd.read_parquet(path), frame)
+    assert [file.name for file in path.parent.iterdir()] == ["results.parquet"]

@@ -1,0 +1,70 @@
+"""The command as a person runs it."""
+
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+from typer.testing import CliRunner
+
+from iclgd_lens.cli import app
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
+
+
+def small_demo(folder, *more: str):
+    return run("demo", "--episodes", "2", "--k", "3", "--queries", "4", "--device", "cpu", "--out", str(folder), *more)
+
+
+def test_demo_prints_its_tables_and_writes_tidy_results(tmp_path):
+    result = small_demo(tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    for expected in ("FT by LCGD", "SimAOU_norm", "ZSL (reference)", "α of h", "layer 3", "results.parquet", "no evidence"):
+        assert expected in result.output
+    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    assert set(frame["seed"]) == {0, 1}
+    assert not frame.duplicated(["seed", "model", "method", "control", "layer", "metric"]).any()
+
+
+def test_demo_repeats_with_the_same_seed_and_changes_with_another(tmp_path):
+    frames = []
+    for number, seed in enumerate(("3", "3", "4")):
+        assert small_demo(tmp_path / str(number), "--seed", seed).exit_code == 0
+        frames.append(pd.read_parquet(tmp_path / str(number) / "results.parquet"))
+    assert_frame_equal(frames[0], frames[1])
+    assert not frames[0]["value"].equals(frames[2]["value"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "bundled/remaped"], "did you mean 'bundled/remapped'"),
+        (["--task", "x"], "Known tasks: bundled/remapped, bundled/natural"),
+        (["--device", "tpu"], "here there is cpu"),
+        (["--k", "40"], "17 would fit"),
+        (["--lr", "1e30"], "use a smaller learning rate"),
+        (["--readout", "labels"], "needs loss_on='label'"),
+        (["--queries", "0"], "n_queries must be at least 1"),
+        (["--episodes", "0"], "episodes must be at least 1"),
+        (["--k", "many"], "number of demonstrations or 'fit'"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do_and_leaves_nothing_behind(tmp_path, arguments, message):
+    result = run("demo", "--episodes", "1", "--out", str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_trains_on_labels_when_asked(tmp_path):
+    assert small_demo(tmp_path, "--loss-on", "label", "--readout", "labels").exit_code == 0
+    frame = pd.read_parquet(tmp_path / "results.parquet")
+    assert (frame["loss_on"].unique(), frame["readout"].unique()) == (["label"], ["labels"])
+
+
+def test_train_bundled_writes_weights_and_prints_what_they_can_do(tmp_path):
+    result = run("train-bundled", "--steps", "1", "--episodes", "1", "--out", str(tmp_path / "w.safetensors"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "w.safetensors").is_file()
+    assert "untrained ICL" in result.output

@@ -1,0 +1,74 @@
+"""Tables and the verdict say what the frame says."""
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from iclgd_lens import compare, load_task
+from iclgd_lens.views.tables import accuracy_table, layer_table, similarity_table, verdict
+
+
+def shown(table: Table) -> str:
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+@pytest.fixture(scope="module")
+def frame(bundled, twin) -> pd.DataFrame:
+    task = load_task("bundled/remapped")
+    episodes = (task.episode(bundled, k=4, n_queries=6, seed=seed) for seed in range(3))
+    return pd.concat([compare(bundled, episode, untrained=twin).frame for episode in episodes], ignore_index=True)
+
+
+def test_accuracy_table_shows_every_run_of_both_models(frame: pd.DataFrame):
+    text = shown(accuracy_table(frame))
+    for name in ("ZSL", "ICL", "FT by GD", "FT by LCGD", "trained", "untrained"):
+        assert name in text
+    icl = frame.query("metric == 'accuracy' and method == 'icl' and model == 'trained'")["value"].mean()
+    (line,) = [line for line in text.splitlines() if " ICL " in line]
+    assert f"{icl:.3f}" in line
+
+
+def test_similarity_table_puts_trained_beside_untrained_beside_random(frame: pd.DataFrame):
+    text = shown(similarity_table(frame))
+    (line,) = [line for line in text.splitlines() if "SimAOU " in line and " LCGD " in line]
+    of_metric = frame.query("metric == 'sim_aou' and method == 'lcgd'")
+    for condition in (("trained", "none"), ("untrained", "none"), ("trained", "random")):
+        mean = of_metric.set_index(["model", "control"]).loc[condition, "value"].mean()
+        assert f"{mean:+.3f} ±" in line
+    assert text.count("SimAM ") == 3
+
+
+def test_layer_table_has_a_row_for_every_metric_method_and_model(frame: pd.DataFrame):
+    text = shown(layer_table(frame))
+    assert sum(line.startswith("│") for line in text.splitlines()) == 2 * 2 * 2
+    assert "layer 3" in text
+
+
+def test_tables_do_without_a_twin(frame: pd.DataFrame):
+    alone = frame[frame["model"] == "trained"]
+    for table in (accuracy_table, similarity_table, layer_table):
+        assert "untrained │" not in shown(table(alone)).replace("untrained ┃", "")
+    assert "no evidence" in verdict(alone)
+
+
+def shifted(frame: pd.DataFrame, by: float, method: str) -> pd.DataFrame:
+    changed = frame.copy()
+    changed.loc[(changed["model"] == "trained") & (changed["method"] == method), "value"] += by
+    return changed
+
+
+def test_the_verdict_names_a_method_only_where_its_interval_is_above_the_twin(frame: pd.DataFrame):
+    assert "Only GD measurably exceeds" in verdict(shifted(shifted(frame, 5, "gd"), -5, "lcgd"))
+    assert "Only GD and LCGD measurably exceed an" in verdict(shifted(shifted(frame, 5, "gd"), 5, "lcgd"))
+    assert "No method measurably exceeds" in verdict(shifted(shifted(frame, -5, "gd"), -5, "lcgd"))
+
+
+def test_the_verdict_of_one_episode_claims_nothing(frame: pd.DataFrame):
+    text = verdict(frame[frame["seed"] == 0])
+    assert "over 1 episode:" in text
+    assert "no interval" in text
+    assert "No method measurably exceeds" in text
