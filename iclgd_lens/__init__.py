@@ -11,45 +11,7 @@
 [16, 4]
 """
 
-from iclgd_lens.capture.activations import Activations, capture
-from iclgd_lens.data.episodes import Episode
-from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query
-from iclgd_lens.data.tasks import Task, bundled_task, load_task
-from iclgd_lens.experiments.compare import Comparison, compare
-from iclgd_lens.experiments.results import paired_difference, summarise
-from iclgd_lens.metrics.agreement import accuracy, rec2ftp
-from iclgd_lens.metrics.controls import random_update
-from iclgd_lens.metrics.similarity import alpha, sim_am, sim_am_delta, sim_aou, sim_aou_norm
-from iclgd_lens.models.loading import load_model
-from iclgd_lens.models.untrained import untrained_twin
-from iclgd_lens.updates.dual import ParameterUpdate
-from iclgd_lens.updates.gradient import gd, lcgd
+import lazy_loader
 
-__all__ = [
-    "Activations",
-    "Comparison",
-    "Demonstration",
-    "Episode",
-    "ParameterUpdate",
-    "PromptFormat",
-    "Query",
-    "Task",
-    "accuracy",
-    "alpha",
-    "bundled_task",
-    "capture",
-    "compare",
-    "gd",
-    "lcgd",
-    "load_model",
-    "load_task",
-    "paired_difference",
-    "random_update",
-    "rec2ftp",
-    "sim_am",
-    "sim_am_delta",
-    "sim_aou",
-    "sim_aou_norm",
-    "summarise",
-    "untrained_twin",
-]
+# The names, and where they live, are in __init__.pyi. They are imported when first used: torch and TransformerLens take seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

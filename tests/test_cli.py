@@ -41,7 +41,7 @@ def test_demo_repeats_with_the_same_seed_and_changes_with_another(tmp_path):
         (["--task", "bundled/remaped"], "did you mean 'bundled/remapped'"),
         (["--task", "x"], "Known tasks: bundled/remapped, bundled/natural"),
         (["--device", "tpu"], "here there is cpu"),
-        (["--k", "40"], "17 would fit"),
+        (["--k", "40"], "16 would fit"),
         (["--lr", "1e30"], "use a smaller learning rate"),
         (["--readout", "labels"], "needs loss_on='label'"),
         (["--queries", "0"], "n_queries must be at least 1"),

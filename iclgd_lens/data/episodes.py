@@ -57,6 +57,8 @@ def require_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query
     needed = 1 + context + _longest_body(queries)
     if needed <= n_ctx:
         return
+    if not demonstrations:
+        raise ValueError(f"the longest query makes a prompt of {needed} tokens, longer than the model's context window of {n_ctx}")
     fitting = how_many_fit(demonstrations, queries, n_ctx)
     advice = f"{fitting} would fit: pass k={fitting}, or k='fit'" if fitting else "not even one demonstration would fit"
     raise ValueError(

@@ -103,16 +103,20 @@ class PromptFormat:
         separator: What stands between demonstrations; `{eos}` is the tokenizer's end-of-text token.
 
     Raises:
-        ValueError: If the template has no field.
+        ValueError: If the template has no field, a field without a name, or unbalanced braces.
     """
 
     template: str
     separator: str = "{eos}"
 
     def __post_init__(self) -> None:
-        if not self.fields:
+        try:
+            names = [name for _, name, _, _ in Formatter().parse(self.template) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"the template {self.template!r} cannot be read: {error}") from error
+        if not names or not all(name.isidentifier() for name in names):
             raise ValueError(
-                f"the template {self.template!r} has no field: name a column in braces, as in 'Review: {{text}} Label:'"
+                f"the template {self.template!r} must name one or more columns in braces, as in 'Review: {{text}} Label:'"
             )
 
     @property
@@ -126,7 +130,13 @@ class PromptFormat:
         return torch.tensor([bos_token(tokenizer), *_encode(tokenizer, text)])
 
     def separator_tokens(self, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "pos"]:
-        """Tokenise the separator."""
+        """Tokenise the separator.
+
+        Raises:
+            ValueError: If the separator is to hold the end-of-text token and the tokenizer has none.
+        """
+        if "{eos}" in self.separator and tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has no end-of-text token for the separator '{eos}'; give the task another separator")
         text = self.separator.replace("{eos}", tokenizer.eos_token or "")
         return torch.tensor(_encode(tokenizer, text), dtype=torch.long)
 
@@ -136,9 +146,10 @@ class PromptFormat:
         They are tokenised behind the template's last words, since some tokenizers write the beginning of a text differently.
 
         Raises:
-            ValueError: If a word comes to no tokens, or two words come to the same tokens.
+            ValueError: If a word comes to no tokens or to the unknown token, or two words come to the same tokens.
         """
-        tail = self.template.rpartition("}")[2]
+        # A letter stands for the field, so that the label is never the beginning of a text.
+        tail = "x" + self.template.rpartition("}")[2]
         before = _encode(tokenizer, tail)
         tokenised: dict[tuple[int, ...], str] = {}
         for word in label_words:
@@ -146,6 +157,8 @@ class PromptFormat:
             tokens = tuple(whole[len(before) :] if whole[: len(before)] == before else _encode(tokenizer, f" {word}"))
             if not word.strip() or not tokens:
                 raise ValueError(f"the label word {word!r} tokenises to nothing; give every class a word")
+            if tokenizer.unk_token_id in tokens:
+                raise ValueError(f"this model's tokenizer does not know the label word {word!r}")
             if tokens in tokenised:
                 raise ValueError(
                     f"the label words {tokenised[tokens]!r} and {word!r} tokenise to the same tokens, {list(tokens)}, with this "

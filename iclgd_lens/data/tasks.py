@@ -16,20 +16,20 @@ import csv
 import difflib
 import json
 import random
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
+import datasets
 import torch
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode, how_many_fit, require_fit
 from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query
 from iclgd_lens.models.bundled import language
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 MOST_DEMONSTRATIONS = 32
 """How many demonstrations `k="fit"` draws before it keeps those that fit; the paper's number."""
@@ -62,18 +62,20 @@ class Task:
         name: What results are filed under.
         format: How rows are written as prompts.
         draw: `(k, n_queries, seed) -> Draw`: at most k demonstrations and at most `n_queries` queries.
+        most: How many demonstrations `k="fit"` draws before it keeps those that fit.
     """
 
     name: str
     format: PromptFormat
     draw: Callable[[int, int, int], Draw]
+    most: int = MOST_DEMONSTRATIONS
 
     def episode(self, model: HookedTransformer, k: int | Literal["fit"] = 12, n_queries: int = 64, seed: int = 0) -> Episode:
         """Draw an episode and tokenise it for a model.
 
         Args:
             model: Its tokenizer and context window are used.
-            k: The number of demonstrations, or `"fit"`: up to 32, as many as fit the context window with the longest query.
+            k: The number of demonstrations, or `"fit"`: up to `most`, as many as fit the context window with the longest query.
             n_queries: The number of queries, at most; a file may hold fewer.
             seed: Seeds the draw.
 
@@ -81,14 +83,14 @@ class Task:
             ValueError: If k or `n_queries` is below 1, the task has too few rows, the model has no tokenizer, the label words
                 collide under it, or the prompts are longer than the context window (the message says how many would fit).
         """
-        if k != "fit" and (not isinstance(k, int) or k < 1):
+        if k != "fit" and (not isinstance(k, Integral) or k < 1):
             raise ValueError(f"k must be a number of demonstrations, at least 1, or 'fit'; got {k!r}")
-        if n_queries < 1:
-            raise ValueError(f"n_queries must be at least 1, got {n_queries}")
+        if not isinstance(n_queries, Integral) or n_queries < 1:
+            raise ValueError(f"n_queries must be at least 1, got {n_queries!r}")
         tokenizer = model.tokenizer
         if tokenizer is None:
             raise ValueError("the model has no tokenizer; give it one with model.set_tokenizer(...)")
-        drawn = self.draw(MOST_DEMONSTRATIONS if k == "fit" else k, n_queries, seed)
+        drawn = self.draw(self.most if k == "fit" else k, n_queries, seed)
         if k != "fit" and len(drawn.demonstrations) < k:
             raise ValueError(f"task {self.name!r} has {len(drawn.demonstrations)} rows for demonstrations, fewer than k={k}")
         label_tokens = self.format.label_tokens(tokenizer, drawn.label_words)
@@ -158,7 +160,9 @@ class Task:
                 raise ValueError(f"task {name!r} has {len(pool)} rows: after k={k} demonstrations none is left for queries")
             return Draw(label_words, tuple(order[:k]), tuple(queries))
 
-        return cls(name, prompt_format, draw)
+        # Without rows of their own, half of the rows at least are left for queries.
+        room = len(pool) if query_pool is not None else max(1, len(pool) // 2)
+        return cls(name, prompt_format, draw, most=min(MOST_DEMONSTRATIONS, room))
 
     @classmethod
     def from_csv(cls, path: str | Path, *, query_path: str | Path | None = None, **options: Any) -> Task:
@@ -183,12 +187,17 @@ class Task:
         return cls._from_files(path, query_path, _read_jsonl, options)
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, *, name: str, queries: Dataset | None = None, **options: Any) -> Task:
+    def from_dataset(cls, dataset: datasets.Dataset, *, name: str, queries: datasets.Dataset | None = None, **options: Any) -> Task:
         """Make a task from a `datasets.Dataset`, and one for queries; `options` are those of `from_rows`.
 
         Raises:
+            TypeError: If given something else, such as a `DatasetDict` of splits.
             ValueError: As `from_rows`.
         """
+        for given in (dataset, *([] if queries is None else [queries])):
+            if not isinstance(given, datasets.Dataset):
+                splits = f"; choose one of its splits: {', '.join(given)}" if isinstance(given, Mapping) else ""
+                raise TypeError(f"need a datasets.Dataset, got {type(given).__name__}{splits}")
         return cls.from_rows(dataset, name=name, query_rows=queries, **options)
 
     @classmethod
@@ -207,29 +216,41 @@ class Task:
 def bundled_task(mapping: language.Mapping, n_classes: int = 2) -> Task:
     """Make a task of the bundled language, whose every episode has topics, label words and sentences of its own.
 
-    Demonstrations hold every class equally often, as near as k allows; a query's class is drawn at random.
+    Demonstrations hold every class equally often, as near as k allows, and those for a smaller k are the first of those for a
+    larger one, with the same queries. A query's class is drawn at random.
 
     Args:
         mapping: `"natural"`: topics are labelled by their names; `"remapped"`: by words drawn at random.
         n_classes: The number of topics in an episode, 2 to 16.
 
     Raises:
-        ValueError: When an episode is drawn, if `n_classes` is out of range.
+        ValueError: If `mapping` is unknown or `n_classes` out of range.
     """
+    if mapping not in get_args(language.Mapping):
+        raise ValueError(f"mapping must be one of {', '.join(map(repr, get_args(language.Mapping)))}; got {mapping!r}")
+    if not 2 <= n_classes <= len(language.TOPIC_WORDS):
+        raise ValueError(f"n_classes must be between 2 and {len(language.TOPIC_WORDS)}, got {n_classes}")
     name = f"bundled/{mapping}" + ("" if n_classes == 2 else f"-{n_classes}")
 
     def draw(k: int, n_queries: int, seed: int) -> Draw:
-        rng = random.Random(f"{name}/{seed}")
-        assignment = language.draw_assignment(rng, n_classes=n_classes, mapping=mapping)
+        # A stream each, so that neither k nor the number of queries changes what is drawn for the other.
+        of_assignment, of_demonstrations, of_queries = (
+            random.Random(f"{name}/{seed}/{part}") for part in ("assignment", "demonstrations", "queries")
+        )
+        assignment = language.draw_assignment(of_assignment, n_classes=n_classes, mapping=mapping)
 
-        def example(label: int) -> Example:
+        def example(rng: random.Random, label: int) -> Example:
             return Example({"text": language.draw_sentence(rng, assignment.topics[label])}, label)
 
-        balanced = language.shuffled(rng, [i % n_classes for i in range(k)])
+        def demonstrations() -> Iterator[Example]:
+            while True:
+                for label in language.shuffled(of_demonstrations, range(n_classes)):
+                    yield example(of_demonstrations, label)
+
         return Draw(
             assignment.label_words,
-            tuple(example(label) for label in balanced),
-            tuple(example(language.pick(rng, range(n_classes))) for _ in range(n_queries)),
+            tuple(islice(demonstrations(), k)),
+            tuple(example(of_queries, language.pick(of_queries, range(n_classes))) for _ in range(n_queries)),
         )
 
     return Task(name, PromptFormat(language.TEMPLATE, language.SEPARATOR), draw)
@@ -250,7 +271,7 @@ def load_task(name: str) -> Task:
     """
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"unknown task {name!r}{hint} Known tasks: {', '.join(TASKS)}")
     return TASKS[name]()
 
@@ -259,17 +280,20 @@ def _examples(
     rows: Iterable[Mapping[str, Any]], source: str, prompt_format: PromptFormat, table: dict[Any, str], label_column: str
 ) -> list[Example]:
     """Check rows one by one and turn them into examples."""
-    class_of = {value: index for index, value in enumerate(table)}
+    # By text, since a CSV file has no numbers: its "1" is the label 1.
+    class_of = {str(value): index for index, value in enumerate(table)}
     examples = []
     for number, row in enumerate(rows, start=1):
-        missing = [column for column in (*prompt_format.fields, label_column) if row.get(column) is None]
-        if missing:
-            raise ValueError(f"{source}, row {number}: no column {missing[0]!r}; it has {', '.join(map(str, row))}")
+        for column in (*prompt_format.fields, label_column):
+            if column not in row:
+                raise ValueError(f"{source}, row {number}: no column {column!r}; it has {', '.join(map(str, row))}")
+            if row[column] is None:
+                raise ValueError(f"{source}, row {number}: the value in column {column!r} is missing")
         fields = {column: str(row[column]).strip() for column in prompt_format.fields}
         empty = [column for column, text in fields.items() if not text]
         if empty:
             raise ValueError(f"{source}, row {number}: the text in column {empty[0]!r} is empty")
-        label = _known_label(row[label_column], class_of)
+        label = class_of.get(str(row[label_column]).strip())
         if label is None:
             raise ValueError(
                 f"{source}, row {number}: unknown label {row[label_column]!r} in column {label_column!r}; "
@@ -279,14 +303,6 @@ def _examples(
     if not examples:
         raise ValueError(f"{source} has no rows")
     return examples
-
-
-def _known_label(value: Any, class_of: dict[Any, int]) -> int | None:
-    """Find a label's class; a file's `"1"` also means 1, since CSV has no numbers."""
-    if isinstance(value, Hashable) and value in class_of:
-        return class_of[value]
-    by_text = {str(known): index for known, index in class_of.items()}
-    return by_text.get(str(value).strip())
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ from typing import get_args
 import pandas as pd
 from transformer_lens import HookedTransformer
 
-from iclgd_lens.capture.activations import capture
 from iclgd_lens.data.tasks import bundled_task
 from iclgd_lens.metrics.agreement import accuracy
 from iclgd_lens.models.bundled.language import Mapping
 from iclgd_lens.models.untrained import untrained_twin
+from iclgd_lens.runs.activations import capture
 
 SETTINGS: tuple[tuple[int, int], ...] = ((2, 12), (2, 2), (2, 4), (2, 8), (3, 12), (4, 12))
 """The numbers of classes and of demonstrations that are measured; the first is the one that the shipped weights must pass."""

@@ -19,11 +19,11 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from iclgd_lens.capture.activations import Activations, Kept, capture
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.metrics.agreement import accuracy, rec2ftp
 from iclgd_lens.metrics.controls import random_update
 from iclgd_lens.metrics.similarity import alpha, sim_am, sim_am_delta, sim_aou, sim_aou_norm
+from iclgd_lens.runs.activations import Activations, Kept, capture
 from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.updates.gradient import ALL_PARAMETERS, LossOn, Readout, Schedule, gd, lcgd
 from iclgd_lens.updates.inject import Parameter

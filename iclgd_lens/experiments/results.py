@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from iclgd_lens.files import written_whole
+
 EPISODE = ["task", "k", "seed"]
 """The columns that tell episodes apart."""
 
@@ -81,8 +83,6 @@ def interval(values: np.ndarray) -> tuple[float, float, float, int]:
 
 def write_frame(frame: pd.DataFrame, path: str | Path) -> Path:
     """Write a frame to a parquet file, whole or not at all, and return its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    frame.to_parquet(partial, index=False)
-    return partial.replace(path)
+    with written_whole(Path(path)) as partial:
+        frame.to_parquet(partial, index=False)
+    return Path(path)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iclgd_lens.capture.activations import Activations
+from iclgd_lens.runs.activations import Activations
 
 
 def accuracy(run: Activations) -> Float[Tensor, ""]:

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from iclgd_lens.capture.activations import Activations
 from iclgd_lens.models.precision import wide
+from iclgd_lens.runs.activations import Activations
 
 
 def random_update(ft: Activations, zsl: Activations, seed: int = 0) -> Activations:

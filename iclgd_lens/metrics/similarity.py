@@ -25,8 +25,8 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from iclgd_lens.capture.activations import Activations
 from iclgd_lens.models.precision import wide
+from iclgd_lens.runs.activations import Activations
 
 OUTPUT_ROUNDING, SCORE_ROUNDING = 8, 64
 """A difference of outputs or scores counts as zero up to so many units of rounding, relative to the longer vector. Scores want

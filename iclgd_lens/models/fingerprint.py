@@ -13,8 +13,8 @@ _SAMPLES = 256
 def fingerprint(model: HookedTransformer) -> str:
     """Digest a model's parameter names, shapes and up to 256 evenly spread values of each parameter, as 16 hex digits.
 
-    Reading a sample keeps this cheap for large models: any training step changes every sampled value, but an edit of single
-    entries may go unseen. The device does not matter; the dtype does, since it changes the values.
+    Reading a sample keeps this cheap for large models: a training step changes nearly every value and is always seen, an edit of
+    single entries may not be. The device does not matter, nor does the dtype as long as it holds the same values.
     """
     digest = hashlib.sha256()
     samples = []

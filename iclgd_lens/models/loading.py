@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+
 import torch
 from transformer_lens import HookedTransformer
+from transformer_lens.loading_from_pretrained import make_model_alias_map
 
 from iclgd_lens.models.bundled.learner import load_bundled
 
@@ -31,6 +34,11 @@ def load_model(
     place = parse_device(device)
     if name == "bundled":
         return load_bundled(device=place, dtype=dtype)
+    known = make_model_alias_map()
+    if name.lower() not in known:
+        close = difflib.get_close_matches(name, ["bundled", *known], n=3)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+        raise ValueError(f"unknown model {name!r}{hint} It may be 'bundled' or a name that TransformerLens knows")
     return HookedTransformer.from_pretrained_no_processing(name, device=place, dtype=dtype).eval()
 
 
@@ -47,6 +55,8 @@ def parse_device(device: str | torch.device | None) -> str:
         present.append("mps")
     if device is None:
         return "cuda" if "cuda" in present else "cpu"
-    if str(device) not in present:
+    # torch's own name for the CPU may carry a number, which means nothing.
+    wanted = "cpu" if str(device) == "cpu:0" else str(device)
+    if wanted not in present:
         raise ValueError(f"device={str(device)!r} is not available; here there is {', '.join(present)}")
-    return str(device)
+    return wanted

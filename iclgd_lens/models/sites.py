@@ -20,12 +20,17 @@ shift are applied (unless they were folded into the weights), so `project_from` 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
+
+NamedHook = tuple[str, Callable[..., Any]]
+"""A hook name and the function to run there, as `model.run_with_hooks` takes them."""
 
 PROCESSED_NORMS = ("LNPre", "RMSPre")
 """`cfg.normalization_type` of models whose norm weights were folded into the matrices that read from them."""
@@ -41,7 +46,7 @@ class HookSites:
         model: The model whose sites these are.
         residual_in, residual_out, projection_in, keys, values, scores, attention_out: One hook name per layer.
         exchangeable_padding: Whether padding between a prompt's parts leaves attention as it was. False where attention
-            depends on distances counted in array positions (local windows, ALiBi): there, prompts are batched by length.
+            depends on distances counted in array positions, as local windows do: there, prompts are batched by length.
     """
 
     model: HookedTransformer
@@ -84,8 +89,7 @@ class HookSites:
             values=at("attn.hook_v"),
             scores=at("attn.hook_attn_scores"),
             attention_out=at("hook_attn_out"),
-            exchangeable_padding=not cfg.use_local_attn
-            and cfg.positional_embedding_type not in ("alibi", "relative_positional_bias"),
+            exchangeable_padding=not cfg.use_local_attn,
         )
         sites._check_hooks_exist()
         return sites
@@ -109,6 +113,24 @@ class HookSites:
         if self.projection_in[layer].endswith("hook_resid_pre") or not hasattr(norm, "w"):
             return seen
         return seen * norm.w + norm.b if hasattr(norm, "b") else seen * norm.w
+
+    @contextmanager
+    def attach(self, hooks: Sequence[NamedHook]) -> Iterator[None]:
+        """Put hooks on the model within a `with` block; afterwards, also after an exception, they are off again.
+
+        At keys and values they run before any other hook, so that what they make of them is what the projections seem to have put
+        out, and hooks that edit keys and values edit that. Everywhere else they run after the hooks that are there already.
+        """
+        at_projections = {*self.keys, *self.values}
+        with self.model.hooks():
+            level = self.model.context_level
+            for name, hook in hooks:
+                if name not in at_projections:
+                    self.model.add_hook(name, hook, level=level)
+            for name, hook in reversed(hooks):
+                if name in at_projections:
+                    self.model.add_hook(name, hook, level=level, prepend=True)
+            yield
 
     def _check_hooks_exist(self) -> None:
         needed = (
@@ -137,7 +159,7 @@ def warn_if_processed(model: HookedTransformer) -> None:
             "and gradient descent is not invariant to that: the update will differ from the one that the model as trained "
             "would make. Load it with load_model(name) or from_pretrained_no_processing(name) to compare with the paper.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # the line that called gd or lcgd
         )
 
 
@@ -150,6 +172,11 @@ def _refuse_unsupported(model: HookedTransformer) -> None:
         )
     if cfg.positional_embedding_type == "shortformer":
         raise ValueError("shortformer models are not supported: their keys and values are made from different inputs")
+    if cfg.positional_embedding_type == "alibi":
+        raise ValueError(
+            "ALiBi models are not supported: TransformerLens shifts their attention scores by constants that depend on the longest "
+            "prompt run so far, so scores of different runs cannot be compared"
+        )
     if cfg.attention_dir != "causal":
         raise ValueError(f"in-context learning is read at a prompt's end and needs causal attention, got {cfg.attention_dir}")
     if cfg.ungroup_grouped_query_attention:

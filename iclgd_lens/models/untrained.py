@@ -13,6 +13,7 @@ beside that of an untrained twin, and this module makes it.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Literal, get_args
@@ -45,12 +46,15 @@ def untrained_twin(
     if unknown:
         raise ValueError(f"keep may name {', '.join(get_args(Kept))}; got {unknown}")
     config = deepcopy(model.cfg)
-    # No tokenizer name (it would be looked up on the hub) and no seed (it would set torch's global seed).
-    config.tokenizer_name, config.init_weights, config.seed = None, False, None
-    twin = HookedTransformer(config)
+    # Without the tokenizer's name, which would be looked up on the hub, and without any random draw of TransformerLens's own.
+    config.tokenizer_name, config.init_weights = None, False
+    with torch.random.fork_rng(devices=[]):
+        twin = HookedTransformer(config)
     twin.cfg.tokenizer_name, twin.cfg.tokenizer_prepends_bos = model.cfg.tokenizer_name, model.cfg.tokenizer_prepends_bos
     twin.tokenizer = model.tokenizer
-    draw_weights(twin, seed)
+    # A stream of the twin's own: a model that was initialised with the same seed, as the bundled learner was, would otherwise
+    # get its initial weights back, and the embeddings that are kept have grown up with those.
+    draw_weights(twin, torch.Generator().manual_seed(int(random.Random(f"untrained twin/{seed}").random() * 2**53)))
     trained = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
@@ -59,16 +63,16 @@ def untrained_twin(
     return twin.train(model.training)
 
 
-def draw_weights(model: HookedTransformer, seed: int) -> None:
+def draw_weights(model: HookedTransformer, generator: torch.Generator) -> None:
     """Fill a model that we made ourselves with fresh weights: matrices from N(0, `cfg.initializer_range`²), biases 0, norm
-    scales 1. The draw happens in float32 on the CPU, so a seed means the same weights on every device.
+    scales 1. The draw happens in float32 on the CPU, so a generator's seed means the same weights on every device.
     """
-    generator = torch.Generator().manual_seed(seed)
     scale = float(model.cfg.initializer_range)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            leaf = name.rsplit(".", 1)[-1].lstrip("_")
-            if leaf.startswith("W_"):
+            *modules, leaf = (part.lstrip("_") for part in name.split("."))
+            # An expert of a mixture of experts is a module named W_in, whose matrix is its `weight`.
+            if leaf.startswith("W_") or (leaf == "weight" and modules[-1].startswith("W_")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             else:
                 parameter.fill_(1.0 if leaf == "w" else 0.0)
@@ -77,6 +81,6 @@ def draw_weights(model: HookedTransformer, seed: int) -> None:
 def _part(parameter_name: str) -> str | None:
     """Say which part of `keep` a parameter belongs to; None for the weights of attention and MLP."""
     *modules, _ = parameter_name.split(".")
-    if modules[0] in ("embed", "pos_embed", "unembed"):
-        return modules[0]
-    return "ln" if any(name.startswith("ln") or name.endswith("norm") for name in modules) else None
+    if any(name.startswith("ln") or name.endswith("norm") for name in modules):
+        return "ln"
+    return modules[0] if modules[0] in ("embed", "pos_embed", "unembed") else None

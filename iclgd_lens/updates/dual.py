@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from iclgd_lens.files import written_whole
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.precision import wide
-from iclgd_lens.models.sites import HookSites
-from iclgd_lens.updates.inject import NamedHook, Parameter, injection_hooks
+from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.updates.inject import Parameter, injection_hooks
 
 FILE_FORMAT = "iclgd_lens.ParameterUpdate/1"
 
@@ -117,7 +118,8 @@ class ParameterUpdate:
     def fwd_hooks(self, model: HookedTransformer) -> list[NamedHook]:
         """Make the hooks under which `model` runs as if it had been updated, for `model.run_with_hooks(fwd_hooks=...)`.
 
-        Hooks run in list order: put hooks that edit an attention layer's input before these, and all others where you like.
+        Hooks run in list order, after those that are on the model already. At keys and values, hooks of your own after these see
+        the updated ones; hooks that edit an attention layer's input at `ln1.hook_normalized` belong before these, which read it.
         The hooks hold ΔW, as much memory as the trained parameters themselves.
 
         Raises:
@@ -138,20 +140,20 @@ class ParameterUpdate:
     def attached(self, model: HookedTransformer) -> Iterator[HookedTransformer]:
         """Run `model` as if it had been updated, within a `with` block; afterwards, also after an exception, it is as before.
 
+        Hooks of your own act as on a model with updated weights, those that are on it already and those that you add inside, with
+        one exception: an edit of `ln1.hook_normalized` that is added inside comes after the update has read that input.
+
         Raises:
             ValueError: If the update was made on another model.
         """
-        with model.hooks(fwd_hooks=[*self.fwd_hooks(model)]):
+        with HookSites.of(model).attach(self.fwd_hooks(model)):
             yield model
 
     def save(self, path: str | Path) -> None:
         """Write the update to a safetensors file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         metadata = {"format": FILE_FORMAT, "settings": json.dumps(asdict(self.settings)), "fingerprint": self.fingerprint}
-        save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata=metadata)
-        partial.replace(path)
+        with written_whole(Path(path)) as partial:
+            save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> ParameterUpdate:

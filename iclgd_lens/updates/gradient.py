@@ -40,9 +40,9 @@ from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import read_out
-from iclgd_lens.models.sites import HookSites, warn_if_processed
+from iclgd_lens.models.sites import HookSites, NamedHook, warn_if_processed
 from iclgd_lens.updates.dual import ParameterUpdate, UpdateSettings
-from iclgd_lens.updates.inject import NamedHook, Parameter, injection_hooks
+from iclgd_lens.updates.inject import Parameter, injection_hooks
 
 LossOn = Literal["demonstration", "label"]
 Readout = Literal["vocab", "labels"]
@@ -134,25 +134,26 @@ def _descend(
     sites = HookSites.of(model)
     columns = _check(model, demonstrations, settings, label_tokens)
     warn_if_processed(model)
-    running = _zero_deltas(sites, settings.parameters)
-    pending = {name: torch.zeros_like(delta) for name, delta in running.items()}
-    steps: list[_Gradients] = []
-    norms: list[Float[Tensor, "layer"]] = []
-    for _ in range(settings.epochs):
-        for number, demonstration in enumerate(demonstrations):
-            tokens = demonstration.tokens.to(model.cfg.device)
-            loss = _loss(model, tokens, demonstration.n_label_tokens, settings, columns)
-            # Gradients are wanted whatever the caller's autograd mode: notebooks often switch it off.
-            with torch.inference_mode(False), torch.enable_grad():
-                found = gradients_of(sites, tokens, injection_hooks(sites, running), loss, settings.parameters)
-            steps.append(found)
-            norms.append(_accumulate(found, pending, settings.lr))
-            _refuse_non_finite(norms[-1], settings, number, len(demonstrations))
-            if settings.schedule == "online":
+    # Gradients are wanted whatever the caller's autograd mode: notebooks often switch it off.
+    with torch.inference_mode(False), torch.no_grad():
+        running = _zero_deltas(sites, settings.parameters)
+        pending = {name: torch.zeros_like(delta) for name, delta in running.items()}
+        steps: list[_Gradients] = []
+        norms: list[Float[Tensor, "layer"]] = []
+        for _ in range(settings.epochs):
+            for number, demonstration in enumerate(demonstrations):
+                tokens = demonstration.tokens.to(model.cfg.device, copy=True)
+                loss = _loss(model, tokens, demonstration.n_label_tokens, settings, columns)
+                with torch.enable_grad():
+                    found = gradients_of(sites, tokens, injection_hooks(sites, running), loss, settings.parameters)
+                steps.append(found)
+                norms.append(_accumulate(found, pending, settings.lr))
+                _refuse_non_finite(norms[-1], settings, number, len(demonstrations))
+                if settings.schedule == "online":
+                    _apply(pending, running)
+            if settings.schedule == "batch":
                 _apply(pending, running)
-        if settings.schedule == "batch":
-            _apply(pending, running)
-    return _in_dual_form(sites, demonstrations, settings, steps, norms)
+        return _in_dual_form(sites, demonstrations, settings, steps, norms)
 
 
 def _gd_gradients(
@@ -168,7 +169,7 @@ def _gd_gradients(
     hooks.append((sites.residual_out[-1], lambda residual, hook: final.append(residual)))
     _run(sites, tokens, hooks)
     value = loss(final[0])
-    return recorder.gradients([torch.autograd.grad(value, recorder.outputs())], value)
+    return recorder.gradients([_gradients(value, recorder.outputs())], value)
 
 
 def _lcgd_gradients(
@@ -181,7 +182,7 @@ def _lcgd_gradients(
 
     def take(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
         value = loss(residual)
-        found.append(torch.autograd.grad(value, recorder.outputs()))
+        found.append(_gradients(value, recorder.outputs()))
         recorder.forget_outputs()
         values.append(value.detach())
         return residual.detach()
@@ -194,6 +195,13 @@ def _lcgd_gradients(
     hooks.insert(0, (sites.residual_in[0], lambda residual, hook: residual.detach()))
     _run(sites, tokens, hooks)
     return recorder.gradients(found, torch.stack(values).sum())
+
+
+def _gradients(value: Float[Tensor, ""], outputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a loss; zero for what it does not depend on, as when a hook of the user's ablates an attention layer."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(output) for output in outputs)
+    return torch.autograd.grad(value, outputs, allow_unused=True, materialize_grads=True)
 
 
 class _Recorder:
@@ -247,7 +255,8 @@ class _Recorder:
 
 def _run(sites: HookSites, tokens: Int[Tensor, "pos"], hooks: list[NamedHook]) -> None:
     # The mask is given, all ones: without it TransformerLens may take separators for padding.
-    sites.model.run_with_hooks(tokens[None], attention_mask=torch.ones_like(tokens[None]), return_type=None, fwd_hooks=[*hooks])
+    with sites.attach(hooks):
+        sites.model(tokens[None], attention_mask=torch.ones_like(tokens[None]), return_type=None)
 
 
 def _loss(

@@ -12,12 +12,10 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.sites import HookSites, NamedHook
 
 Parameter = Literal["W_K", "b_K", "W_V", "b_V"]
 """The parameters that an update may change, by their TransformerLens names."""
-
-NamedHook = tuple[str, Callable[..., Any]]
 
 Deltas = Mapping[str, Float[Tensor, "layer *shape"]]
 """ΔW as `[layer d_model kv_head*d_head]` and Δb as `[layer kv_head*d_head]`, for some of the parameters."""
@@ -26,8 +24,8 @@ Deltas = Mapping[str, Float[Tensor, "layer *shape"]]
 def injection_hooks(sites: HookSites, deltas: Deltas) -> list[NamedHook]:
     """Make the hooks that add `x ΔW + Δb` to every layer's keys and values.
 
-    The hooks read `deltas` when they run, so changing its tensors in place changes what they add. Hooks run in the order of the
-    list that they are put in; a hook of your own that edits the attention's input must come before these to be seen by them.
+    The hooks read `deltas` when they run, so changing its tensors in place changes what they add. `HookSites.attach` runs them
+    in the right order with other hooks.
     """
     hooks: list[NamedHook] = []
     for layer in range(sites.n_layers):

@@ -12,22 +12,25 @@ trained on and what it can do is written in `MODEL_CARD.md` beside the weights.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
+from iclgd_lens.files import written_whole
 from iclgd_lens.models.bundled.language import BOS, UNKNOWN, vocabulary
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 """The shipped weights, package data of under 1 MB."""
 
 N_CTX = 160
-"""Context window in tokens: BOS, 17 demonstrations of nine tokens each, less the last one's label."""
+"""Context window in tokens: room for BOS, 16 demonstrations of nine tokens each, and a query."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -73,13 +76,17 @@ def load_bundled(path: Path = WEIGHTS, device: str = "cpu", dtype: torch.dtype =
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the weights were trained on another vocabulary than the language has now.
+        ValueError: If the file is not a safetensors file or holds another model, or the weights were trained on another vocabulary
+            than the language has now.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; make them with `iclgd train-bundled --out {path}`")
-    with safe_open(path, framework="pt") as file:
-        trained_on = (file.metadata() or {}).get("vocabulary")
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    try:
+        with safe_open(path, framework="pt") as file:
+            trained_on = (file.metadata() or {}).get("vocabulary")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if trained_on != _vocabulary_digest():
         raise ValueError(
             f"the weights at {path} were trained on another vocabulary ({trained_on}) than the bundled language has now "
@@ -87,8 +94,13 @@ def load_bundled(path: Path = WEIGHTS, device: str = "cpu", dtype: torch.dtype =
         )
     model = build_learner(device, dtype)
     parameters = dict(model.named_parameters())
-    if parameters.keys() != state.keys():
-        raise ValueError(f"the file {path} does not hold the bundled learner: {sorted(parameters.keys() ^ state.keys())}")
+    wrong = [name for name in parameters.keys() | state.keys() if _shape(parameters, name) != _shape(state, name)]
+    if wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"{path} does not hold the bundled learner: parameter {name} has shape {_shape(state, name)} there and "
+            f"{_shape(parameters, name)} in the model (None: it is not there)"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
@@ -98,10 +110,12 @@ def load_bundled(path: Path = WEIGHTS, device: str = "cpu", dtype: torch.dtype =
 def save_bundled(model: HookedTransformer, path: Path) -> None:
     """Write the learner's parameters in float32 to a safetensors file, with the digest of its vocabulary."""
     state = {name: parameter.detach().float().cpu().contiguous() for name, parameter in model.named_parameters()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata={"vocabulary": _vocabulary_digest()})
-    partial.replace(path)
+    with written_whole(path) as partial:
+        save_file(state, partial, metadata={"vocabulary": _vocabulary_digest()})
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int] | None:
+    return list(tensors[name].shape) if name in tensors else None
 
 
 def _vocabulary_digest() -> str:

@@ -58,7 +58,7 @@ def train_bundled(
         raise ValueError(f"steps must be at least 1, got {steps}")
     rng = random.Random(f"training/{seed}")
     model = build_learner(device)
-    draw_weights(model, seed)
+    draw_weights(model, torch.Generator().manual_seed(seed))
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=PEAK_LEARNING_RATE, total_steps=steps + 1)

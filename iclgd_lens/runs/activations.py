@@ -25,12 +25,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from iclgd_lens.capture.prefix import Prefix
 from iclgd_lens.data.episodes import require_fit
 from iclgd_lens.data.prompts import Demonstration, Query, context_tokens
 from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import read_out
 from iclgd_lens.models.sites import HookSites
+from iclgd_lens.runs.prefix import Prefix
 
 Kept = Literal["attn_out", "query_scores", "context_scores", "label_log_probs", "lens_logits"]
 

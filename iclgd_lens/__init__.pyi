@@ -1,0 +1,42 @@
+from .data.episodes import Episode
+from .data.prompts import Demonstration, PromptFormat, Query
+from .data.tasks import Task, bundled_task, load_task
+from .experiments.compare import Comparison, compare
+from .experiments.results import paired_difference, summarise
+from .metrics.agreement import accuracy, rec2ftp
+from .metrics.controls import random_update
+from .metrics.similarity import alpha, sim_am, sim_am_delta, sim_aou, sim_aou_norm
+from .models.loading import load_model
+from .models.untrained import untrained_twin
+from .runs.activations import Activations, capture
+from .updates.dual import ParameterUpdate
+from .updates.gradient import gd, lcgd
+
+__all__ = [
+    "Activations",
+    "Comparison",
+    "Demonstration",
+    "Episode",
+    "ParameterUpdate",
+    "PromptFormat",
+    "Query",
+    "Task",
+    "accuracy",
+    "alpha",
+    "bundled_task",
+    "capture",
+    "compare",
+    "gd",
+    "lcgd",
+    "load_model",
+    "load_task",
+    "paired_difference",
+    "random_update",
+    "rec2ftp",
+    "sim_am",
+    "sim_am_delta",
+    "sim_aou",
+    "sim_aou_norm",
+    "summarise",
+    "untrained_twin",
+]

@@ -1,0 +1,212 @@
+"""Prompts as tokens: what is checked, how parts are joined, and that tokenising them apart changes no token."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query, bos_token, context_tokens
+from iclgd_lens.models.bundled.learner import build_tokenizer
+
+TEXT = "a dull and moving film"
+CORPUS = ["Sentence: a gripping and moving film Label: Positive", "Sentence: a dull, endless film Label: Negative"]
+TEMPLATES = ["Sentence: {text} Label:", "{text}\nSentiment:", "Say of '{text}'"]
+WORDS = ["Positive", "Negative", "film of films", "lag"]
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """A small tokenizer of GPT-2's kind: byte-level BPE, end-of-text and no BOS."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def metaspace_tokenizer(prepend_scheme: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer of Llama's kind: BPE over words that begin with ▁, and a BOS that `encode` puts in front."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def normalising_tokenizer() -> PreTrainedTokenizerFast:
+    """The same in the older way of Llama 2 and Mistral: a normaliser puts ▁ in front of every text, a space or not."""
+    tokenizer = metaspace_tokenizer("always")
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
+TOKENIZERS = {
+    "byte-level": byte_level_tokenizer,
+    "metaspace-first": lambda: metaspace_tokenizer("first"),
+    "metaspace-always": lambda: metaspace_tokenizer("always"),
+    "normaliser": normalising_tokenizer,
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request) -> PreTrainedTokenizerFast:
+    return TOKENIZERS[request.param]()
+
+
+def demonstration(tokens: list[int], separator: list[int]) -> Demonstration:
+    return Demonstration(torch.tensor(tokens), 1, torch.tensor(separator, dtype=torch.long))
+
+
+@pytest.mark.parametrize("n_label_tokens", [0, -1, 3, 4])
+def test_a_demonstration_needs_bos_and_at_least_one_label_token(n_label_tokens):
+    with pytest.raises(ValueError, match=f"n_label_tokens={n_label_tokens} does not fit a demonstration of 3 tokens"):
+        Demonstration(torch.tensor([1, 2, 3]), n_label_tokens)
+
+
+def test_a_demonstration_is_one_sequence():
+    with pytest.raises(ValueError, match=r"got shape \[1, 3\]"):
+        Demonstration(torch.tensor([[1, 2, 3]]), 1)
+
+
+def test_a_demonstration_may_be_all_label_and_has_no_separator_by_default():
+    only_label = Demonstration(torch.tensor([1, 2, 3]), 2)
+    assert only_label.separator.tolist() == []
+    assert only_label.label is None
+
+
+@pytest.mark.parametrize("tokens", [[1], [], [[1, 2]]])
+def test_a_query_is_one_sequence_of_bos_and_more(tokens):
+    with pytest.raises(ValueError, match="BOS and at least one more token"):
+        Query(torch.tensor(tokens))
+
+
+def test_context_keeps_a_single_bos_and_every_separator():
+    joined = context_tokens([demonstration([9, 1, 2], [7, 8]), demonstration([9, 3, 4, 5], []), demonstration([9, 6, 6], [7])])
+    assert joined.tolist() == [9, 1, 2, 7, 8, 3, 4, 5, 6, 6, 7]
+
+
+def test_context_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no demonstrations"):
+        context_tokens([])
+
+
+def test_context_of_different_bos_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"same BOS token; got \[8, 9\]"):
+        context_tokens([demonstration([9, 1, 2], []), demonstration([8, 1, 2], [])])
+
+
+def test_fields_are_the_names_in_braces_in_order():
+    assert PromptFormat("{premise} Question: {hypothesis}. {{not a field}} Answer:").fields == ("premise", "hypothesis")
+
+
+@pytest.mark.parametrize("template", ["Review: Label:", "", "{{text}} Label:", "{} Label:"])
+def test_a_template_without_a_named_field_is_refused(template):
+    with pytest.raises(ValueError, match="must name one or more columns in braces"):
+        PromptFormat(template)
+
+
+def test_a_prompt_is_bos_and_the_filled_template():
+    tokenizer = build_tokenizer()
+    prompt = PromptFormat("Words: {text} Label:").prompt(tokenizer, {"text": "lion bread"})
+    assert tokenizer.convert_ids_to_tokens(prompt.tolist()) == ["<bos>", "Words:", "lion", "bread", "Label:"]
+
+
+def tokens_of_prompt_and_label(tokenizer: PreTrainedTokenizerFast, template: str, word: str) -> list[int]:
+    written = PromptFormat(template)
+    (label,) = written.label_tokens(tokenizer, [word])
+    return torch.cat([written.prompt(tokenizer, {"text": TEXT}), label]).tolist()
+
+
+def tokens_of_the_whole_string(tokenizer: PreTrainedTokenizerFast, template: str, word: str) -> list[int]:
+    text = f"{template.format(text=TEXT)} {word}"
+    return [bos_token(tokenizer), *tokenizer.encode(text, add_special_tokens=False)]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("word", WORDS)
+def test_prompt_and_label_are_the_tokens_of_the_whole_string(tokenizer, template, word):
+    apart = tokens_of_prompt_and_label(tokenizer, template, word)
+    assert apart == tokens_of_the_whole_string(tokenizer, template, word)
+
+
+def test_a_label_may_follow_a_field_directly(tokenizer):
+    apart = tokens_of_prompt_and_label(tokenizer, "{text}", "Positive")
+    assert apart == tokens_of_the_whole_string(tokenizer, "{text}", "Positive")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("word", ["Positive", "Negative"])
+def test_the_label_s_positions_spell_the_label_with_its_space(tokenizer, template, word):
+    (label,) = PromptFormat(template).label_tokens(tokenizer, [word])
+    spelled = "".join(tokenizer.convert_ids_to_tokens(label.tolist()))
+    assert spelled in (f"Ġ{word}", f"▁{word}")
+    assert len(label) > 1
+
+
+def test_a_gpt2_style_context_is_the_tokens_of_the_whole_prompt():
+    tokenizer = byte_level_tokenizer()
+    written = PromptFormat("Sentence: {text} Label:")
+    labels = written.label_tokens(tokenizer, ["Positive", "Negative"])
+    prompt = written.prompt(tokenizer, {"text": TEXT})
+    separator = written.separator_tokens(tokenizer)
+    demonstrations = [Demonstration(torch.cat([prompt, label]), len(label), separator) for label in labels]
+    shown = "".join(f"Sentence: {TEXT} Label: {word}<|endoftext|>" for word in ("Positive", "Negative"))
+    assert context_tokens(demonstrations).tolist() == tokenizer.encode(f"<|endoftext|>{shown}", add_special_tokens=False)
+
+
+def test_the_eos_separator_is_the_single_end_of_text_token(tokenizer):
+    assert PromptFormat("{text}").separator_tokens(tokenizer).tolist() == [tokenizer.eos_token_id]
+
+
+def test_a_separator_may_hold_text_around_eos():
+    tokenizer = byte_level_tokenizer()
+    tokens = PromptFormat("{text}", separator="\n{eos}\n").separator_tokens(tokenizer).tolist()
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    assert tokens == [*newline, tokenizer.eos_token_id, *newline]
+
+
+def test_an_empty_separator_is_no_tokens():
+    tokens = PromptFormat("{text}", separator="").separator_tokens(build_tokenizer())
+    assert tokens.tolist() == []
+    assert tokens.dtype == torch.long
+
+
+@pytest.mark.parametrize("word", ["", "  "])
+def test_an_empty_label_word_is_refused(tokenizer, word):
+    with pytest.raises(ValueError, match=f"label word {word!r} tokenises to nothing"):
+        PromptFormat("{text} Label:").label_tokens(tokenizer, ["Positive", word])
+
+
+def test_a_label_word_written_twice_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="'Positive' and 'Positive' tokenise to the same tokens"):
+        PromptFormat("{text} Label:").label_tokens(tokenizer, ["Positive", "Negative", "Positive"])
+
+
+def test_a_label_word_that_a_tokenizer_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="does not know the label word 'Positive'"):
+        PromptFormat("{text} Label:").label_tokens(build_tokenizer(), ["animals", "Positive"])
+
+
+def test_a_template_with_unbalanced_braces_is_refused():
+    with pytest.raises(ValueError, match=r"template '\{text' cannot be read"):
+        PromptFormat("{text")
+
+
+def test_an_end_of_text_separator_needs_an_end_of_text_token():
+    tokenizer = metaspace_tokenizer("first")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-text token for the separator"):
+        PromptFormat("{text}").separator_tokens(tokenizer)
+
+
+def test_prompts_begin_with_bos_and_else_with_end_of_text():
+    assert bos_token(metaspace_tokenizer("first")) == 1
+    assert bos_token(byte_level_tokenizer()) == 0
+
+
+def test_a_tokenizer_with_neither_bos_nor_end_of_text_is_refused():
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(ValueError, match=r"neither a BOS nor an end-of-text token; set tokenizer\.bos_token"):
+        bos_token(bare)

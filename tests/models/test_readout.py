@@ -1,0 +1,85 @@
+"""The readout equals the model's own final norm and unembedding, without its hooks."""
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer
+
+from iclgd_lens.models.readout import read_out
+from tests.models_zoo import D_VOCAB, ZOO, make_model
+
+NORMS = ["LN", "LNPre", "RMS", "RMSPre", None]
+
+
+def residual(*batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (3 * torch.randn(*batch, 16, generator=generator) + 1).to(dtype)
+
+
+def own_readout(model: HookedTransformer, stream: torch.Tensor) -> torch.Tensor:
+    logits = model.unembed(model.ln_final(stream) if model.cfg.normalization_type else stream)
+    cap = model.cfg.output_logits_soft_cap
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("soft_cap", [-1.0, 5.0])
+@pytest.mark.parametrize("final_rms", [False, True])
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+def test_the_readout_is_the_model_s_final_norm_and_unembedding(norm, soft_cap, final_rms, eps):
+    model = make_model(normalization_type=norm, output_logits_soft_cap=soft_cap, final_rms=final_rms, eps=eps)
+    stream = residual(2, 5)
+    torch.testing.assert_close(read_out(model, stream), own_readout(model, stream), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", ZOO)
+def test_the_readout_of_the_last_layer_is_the_model_s_output(shape):
+    model = make_model(shape)
+    logits, cache = model.run_with_cache(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]))
+    torch.testing.assert_close(read_out(model, cache["resid_post", -1]), logits, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("tokens", [[3], [D_VOCAB - 1, 0, 5], [7, 7]])
+def test_a_readout_of_some_tokens_is_those_columns_in_their_order(norm, tokens):
+    model = make_model(normalization_type=norm, output_logits_soft_cap=5.0)
+    columns = read_out(model, residual(2, 5), torch.tensor(tokens))
+    torch.testing.assert_close(columns, read_out(model, residual(2, 5))[..., tokens], rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 3, 4)])
+def test_any_leading_axes_are_kept(batch):
+    model, stream = make_model(), residual(*batch)
+    logits = read_out(model, stream)
+    assert logits.shape == (*batch, D_VOCAB)
+    torch.testing.assert_close(logits.reshape(-1, D_VOCAB), read_out(model, stream.reshape(-1, 16)), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_hook_fires(norm):
+    model = make_model(normalization_type=norm)
+    fired = []
+    for point in model.hook_dict.values():
+        point.add_hook(lambda value, hook: fired.append(hook.name))
+    read_out(model, residual(5))
+    read_out(model, residual(5), torch.tensor([1, 2]))
+    assert fired == []
+    own_readout(model, residual(1, 5))
+    assert fired != []
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_gradient_is_that_of_the_model_s_own_readout(norm):
+    model = make_model(normalization_type=norm, output_logits_soft_cap=5.0)
+    ours, theirs = residual(5).requires_grad_(), residual(5).requires_grad_()
+    read_out(model, ours).square().sum().backward()
+    own_readout(model, theirs).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_half_precision_is_kept_and_agrees_with_the_model(norm):
+    model = make_model(normalization_type=norm, dtype=torch.bfloat16)
+    stream = residual(5, dtype=torch.bfloat16)
+    logits = read_out(model, stream)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, own_readout(model, stream), rtol=0.02, atol=0.1)
