@@ -6,7 +6,7 @@ Torch and TransformerLens take seconds to import, so they are imported inside th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,7 +35,7 @@ def main() -> None:
 def demo(
     task: Annotated[str, typer.Option(help="The bundled task: bundled/remapped or bundled/natural.")] = "bundled/remapped",
     k: Annotated[str, typer.Option(help="Demonstrations per episode, or 'fit': up to 32, as many as fit the context.")] = "12",
-    episodes: Annotated[int, typer.Option(help="Episodes, each with demonstrations, queries and label words of its own.")] = 8,
+    episodes: Annotated[int, typer.Option(help="Episodes, each with demonstrations, queries and label words of its own.")] = 20,
     queries: Annotated[int, typer.Option(help="Queries per episode.")] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate of GD and LCGD; the similarities depend on it.")] = 0.01,
     loss_on: Annotated[
@@ -57,6 +57,7 @@ def demo(
         _require_folder(out)
         with console.status("loading torch, TransformerLens and the bundled model"):
             import pandas as pd
+            import torch
 
             from iclgd_lens.data.tasks import load_task
             from iclgd_lens.experiments.compare import compare, n_runs
@@ -65,6 +66,8 @@ def demo(
             from iclgd_lens.models.untrained import untrained_twin
             from iclgd_lens.views.tables import accuracy_table, layer_table, similarity_table, verdict
 
+            # The bundled model is so small that threads cost more than they bring.
+            torch.set_num_threads(1)
             model = load_model("bundled", device=device)
             twin = untrained_twin(model, seed=seed)
             drawn = load_task(task)
@@ -87,13 +90,13 @@ def demo(
         frame = pd.concat(frames, ignore_index=True)
         path = write_frame(frame, out / "results.parquet")
     console.print(
-        f"\n[bold]{task}[/bold], k = {k} demonstrations, {episodes} episodes of {queries} queries, lr {lr:g}, loss on the "
-        f"{loss_on}, readout over {readout}; the bundled model has {model.cfg.n_layers} layers, {model.cfg.n_heads} heads, "
-        f"d_model {model.cfg.d_model}.\n"
+        f"[bold]{task}[/bold], {episodes} episodes of {_listed(frame['k'])} demonstrations and {_listed(frame['n_queries'])} "
+        f"queries, lr {lr:g}, loss on the {loss_on}, readout over {readout}; the bundled model has {model.cfg.n_layers} layers, "
+        f"{model.cfg.n_heads} heads, d_model {model.cfg.d_model}."
     )
     for table in (accuracy_table(frame), similarity_table(frame), layer_table(frame)):
-        console.print(table, "")
-    console.print(f"Tidy results, {len(frame)} rows: {path}")
+        console.print(table)
+    console.print(f"Tidy results, {len(frame)} rows: {path}", soft_wrap=True)
     console.print(verdict(frame))
 
 
@@ -134,6 +137,10 @@ def train_bundled(
             )
     console.print(bundled_table(measured))
     console.print(f"Weights: {out}")
+
+
+def _listed(values: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(set(values))))
 
 
 def _parse_k(k: str) -> int | Literal["fit"]:

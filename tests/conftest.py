@@ -1,10 +1,14 @@
 """Fixtures that several folders use: the bundled model, its untrained twin and one episode."""
 
 import pytest
+import torch
 from transformer_lens import HookedTransformer
 
 from iclgd_lens import load_model, load_task, untrained_twin
 from iclgd_lens.data.episodes import Episode
+
+# The models here are so small that threads cost more than they bring.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

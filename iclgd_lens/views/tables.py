@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pandas as pd
+from rich import box
 from rich.table import Table
 
 from iclgd_lens.experiments.results import EPISODE, paired_difference, summarise
 
 RUN_NAMES = {"zsl": "ZSL", "icl": "ICL", "gd": "FT by GD", "lcgd": "FT by LCGD"}
-METHOD_NAMES = {"gd": "GD", "lcgd": "LCGD", "zsl": "ZSL (reference)"}
+METHOD_NAMES = {"gd": "GD", "lcgd": "LCGD", "zsl": "ZSL ref."}
 METRIC_NAMES = {
     "sim_aou": "SimAOU",
     "sim_aou_norm": "SimAOU_norm",
@@ -25,7 +26,7 @@ def accuracy_table(frame: pd.DataFrame) -> Table:
     """Accuracy of every run, trained beside untrained."""
     summary = summarise(frame[frame["metric"] == "accuracy"], by=["model", "method"]).set_index(["model", "method"])
     models = [str(model) for model in frame["model"].unique()]
-    table = _table("Accuracy: mean ± 95 % interval over episodes", ["run", *models])
+    table = _table("Accuracy (mean ± 95 % over episodes)", ["run", *models])
     for method, name in RUN_NAMES.items():
         if (models[0], method) in summary.index:
             table.add_row(name, *(_plus_minus(summary.loc[(model, method)], "") for model in models))
@@ -33,10 +34,13 @@ def accuracy_table(frame: pd.DataFrame) -> Table:
 
 
 def similarity_table(frame: pd.DataFrame) -> Table:
-    """Every similarity, averaged over layers, heads and queries: trained beside untrained beside random baseline."""
+    """Every similarity, averaged over layers, heads and queries: trained beside untrained beside random baseline.
+
+    The last column counts the values that were undefined and left out.
+    """
     summary = summarise(frame).set_index(["metric", "method", "model", "control"])
     table = _table(
-        "Similarity, averaged over layers: mean ± 95 % interval over episodes", ["metric", "method", *CONDITIONS, "undefined"]
+        "Similarity, averaged over layers (mean ± 95 % interval over episodes)", ["metric", "method", *CONDITIONS, "undef."]
     )
     for metric, metric_name in METRIC_NAMES.items():
         for method, method_name in METHOD_NAMES.items():
@@ -57,7 +61,7 @@ def layer_table(frame: pd.DataFrame) -> Table:
     chosen = frame[frame["metric"].isin(metrics) & (frame["control"] == "none")]
     summary = summarise(chosen, by=by).set_index(by)["mean"]
     layers = sorted(chosen["layer"].unique())
-    table = _table("By layer: mean over episodes", ["metric", "method", "model", *(f"layer {layer}" for layer in layers)])
+    table = _table("By layer (mean over episodes)", ["metric", "method", "model", *(f"layer {layer}" for layer in layers)])
     for metric in metrics:
         for method in METHOD_NAMES:
             for model in frame["model"].unique():
@@ -120,7 +124,7 @@ def _plus_minus(row: pd.Series, sign: str = "+") -> str:
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     text = ("run", "metric", "method", "model", "labels")
     for column in columns:
         table.add_column(column, justify="left" if column in text else "right", no_wrap=True)

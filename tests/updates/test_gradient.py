@@ -269,6 +269,10 @@ def ablate(value, hook):
     return torch.zeros_like(value)
 
 
+def overwrite(value, hook):
+    return torch.arange(value.numel(), dtype=value.dtype).view_as(value).sin()
+
+
 @both_methods
 @pytest.mark.parametrize(
     "hooks",
@@ -279,7 +283,7 @@ def ablate(value, hook):
         pytest.param([("blocks.2.hook_resid_post", scale_head)], id="last_stream"),
         pytest.param([("blocks.1.attn.hook_z", ablate)], id="ablated_attention"),
         pytest.param([("blocks.1.attn.hook_k", ablate)], id="ablated_keys"),
-        pytest.param([("blocks.1.hook_resid_post", ablate)], id="ablated_stream"),
+        pytest.param([("blocks.1.hook_resid_post", overwrite)], id="overwritten_stream"),
         pytest.param([("blocks.1.attn.hook_v", scale_head)], id="values"),
     ],
 )

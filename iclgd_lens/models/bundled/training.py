@@ -43,7 +43,7 @@ OTHER_TOKENS_WEIGHT = 0.1
 def train_bundled(
     *, steps: int = STEPS, seed: int = 0, device: str = "cpu", on_step: Callable[[int, float], None] | None = None
 ) -> HookedTransformer:
-    """Train the bundled learner from scratch; about six minutes on two cores.
+    """Train the bundled learner from scratch; about eight minutes on two cores.
 
     Args:
         steps: Optimiser steps.
