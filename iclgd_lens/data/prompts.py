@@ -65,7 +65,7 @@ class Query:
         label: The gold class index, where it is known.
 
     Raises:
-        ValueError: If `tokens` is not one-dimensional or holds nothing after BOS.
+        ValueError: If `tokens` is not one-dimensional or holds nothing after BOS, or a label word has no tokens.
     """
 
     tokens: Int[Tensor, "pos"]
@@ -77,6 +77,8 @@ class Query:
             raise ValueError(
                 f"a query's tokens must be one sequence of BOS and at least one more token; got shape {list(self.tokens.shape)}"
             )
+        if any(len(tokens) == 0 for tokens in self.label_tokens):
+            raise ValueError(f"label word {[len(tokens) for tokens in self.label_tokens].index(0)} of a query has no tokens")
 
 
 def context_tokens(demonstrations: Sequence[Demonstration]) -> Int[Tensor, "pos"]:

@@ -119,7 +119,8 @@ class ParameterUpdate:
         """Make the hooks under which `model` runs as if it had been updated, for `model.run_with_hooks(fwd_hooks=...)`.
 
         Hooks run in list order, after those that are on the model already. At keys and values, hooks of your own after these see
-        the updated ones; hooks that edit an attention layer's input at `ln1.hook_normalized` belong before these, which read it.
+        the updated ones. These read the projections' input at `ln1.hook_normalized`, or at `hook_resid_pre` in models without a
+        norm there; hooks of your own that edit that very place belong before these.
         The hooks hold ΔW, as much memory as the trained parameters themselves.
 
         Raises:
@@ -141,7 +142,8 @@ class ParameterUpdate:
         """Run `model` as if it had been updated, within a `with` block; afterwards, also after an exception, it is as before.
 
         Hooks of your own act as on a model with updated weights, those that are on it already and those that you add inside, with
-        one exception: an edit of `ln1.hook_normalized` that is added inside comes after the update has read that input.
+        one exception: an edit of `ln1.hook_normalized` (of `hook_resid_pre` in models without a norm there) that is added inside
+        comes after the update has read it. Put such hooks on before.
 
         Raises:
             ValueError: If the update was made on another model.

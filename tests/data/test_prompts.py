@@ -210,3 +210,8 @@ def test_a_tokenizer_with_neither_bos_nor_end_of_text_is_refused():
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(ValueError, match=r"neither a BOS nor an end-of-text token; set tokenizer\.bos_token"):
         bos_token(bare)
+
+
+def test_a_query_whose_label_word_has_no_tokens_is_refused():
+    with pytest.raises(ValueError, match="label word 1 of a query has no tokens"):
+        Query(torch.tensor([1, 2]), (torch.tensor([3]), torch.tensor([], dtype=torch.long)))
