@@ -3,7 +3,7 @@ from .data.prompts import Demonstration, PromptFormat, Query
 from .data.tasks import Task, bundled_task, load_task
 from .experiments.compare import Comparison, compare
 from .experiments.results import paired_difference, summarise
-from .metrics.agreement import accuracy, rec2ftp
+from .metrics.agreement import accuracy, correct, rec2ftp
 from .metrics.controls import random_update
 from .metrics.similarity import alpha, sim_am, sim_am_delta, sim_aou, sim_aou_norm
 from .models.loading import load_model
@@ -26,6 +26,7 @@ __all__ = [
     "bundled_task",
     "capture",
     "compare",
+    "correct",
     "gd",
     "lcgd",
     "load_model",

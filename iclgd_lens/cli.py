@@ -22,6 +22,9 @@ app = typer.Typer(
     help="In-context learning against gradient descent, layer by layer, on TransformerLens models.",
 )
 console = Console()
+errors = Console(stderr=True)
+
+MOST_SEED = 2**31 - 1
 
 Device = Annotated[str | None, typer.Option(help="A torch device, such as cpu or cuda. By default CUDA where there is one.")]
 
@@ -35,8 +38,10 @@ def main() -> None:
 def demo(
     task: Annotated[str, typer.Option(help="The bundled task: bundled/remapped or bundled/natural.")] = "bundled/remapped",
     k: Annotated[str, typer.Option(help="Demonstrations per episode, or 'fit': up to 32, as many as fit the context.")] = "12",
-    episodes: Annotated[int, typer.Option(help="Episodes, each with demonstrations, queries and label words of its own.")] = 20,
-    queries: Annotated[int, typer.Option(help="Queries per episode.")] = 32,
+    episodes: Annotated[
+        int, typer.Option(min=1, help="Episodes, each with demonstrations, queries, label words and an untrained twin of its own.")
+    ] = 20,
+    queries: Annotated[int, typer.Option(min=1, help="Queries per episode.")] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate of GD and LCGD; the similarities depend on it.")] = 0.01,
     loss_on: Annotated[
         Literal["demonstration", "label"], typer.Option(help="Take the loss on the whole demonstration or on its label alone.")
@@ -45,16 +50,17 @@ def demo(
         Literal["vocab", "labels"],
         typer.Option(help="Read losses out over the vocabulary, or over the label words' tokens (needs --loss-on label)."),
     ] = "vocab",
-    seed: Annotated[int, typer.Option(help="The first episode's seed, and the untrained twin's.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="The first episode's seed, and its twin's; the next ones follow.")
+    ] = 0,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("iclgd-demo"),
 ) -> None:
     """Compare in-context learning with GD and LCGD on the bundled model and on its untrained twin, offline, in under a minute."""
     with _errors_for_people():
-        if episodes < 1:
-            raise ValueError(f"episodes must be at least 1, got {episodes}")
         count = _parse_k(k)
-        _require_folder(out)
+        results = out / "results.parquet"
+        _require_writable(results)
         with console.status("loading torch, TransformerLens and the bundled model"):
             import pandas as pd
             import torch
@@ -69,7 +75,6 @@ def demo(
             # The bundled model is so small that threads cost more than they bring.
             torch.set_num_threads(1)
             model = load_model("bundled", device=device)
-            twin = untrained_twin(model, seed=seed)
             drawn = load_task(task)
         frames = []
         with _progress() as progress:
@@ -81,14 +86,14 @@ def demo(
                         model,
                         episode,
                         lr=lr,
-                        untrained=twin,
+                        untrained=untrained_twin(model, seed=seed + number),
                         loss_on=loss_on,
                         readout=readout,
                         on_run=lambda: progress.advance(bar),
                     ).frame
                 )
         frame = pd.concat(frames, ignore_index=True)
-        path = write_frame(frame, out / "results.parquet")
+        path = write_frame(frame, results)
     console.print(
         f"[bold]{task}[/bold], {episodes} episodes of {_listed(frame['k'])} demonstrations and {_listed(frame['n_queries'])} "
         f"queries, lr {lr:g}, loss on the {loss_on}, readout over {readout}; the bundled model has {model.cfg.n_layers} layers, "
@@ -96,20 +101,23 @@ def demo(
     )
     for table in (accuracy_table(frame), similarity_table(frame), layer_table(frame)):
         console.print(table)
-    console.print(f"Tidy results, {len(frame)} rows: {path}", soft_wrap=True)
-    console.print(verdict(frame))
+    console.print(f"Tidy results, {len(frame)} rows: {path}", soft_wrap=True, markup=False)
+    console.print(verdict(frame), markup=False)
 
 
 @app.command()
 def train_bundled(
     out: Annotated[Path, typer.Option(help="Where to write the weights (safetensors).")] = Path("bundled.safetensors"),
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; by default the recipe's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seeds initial weights and training episodes; 0 made the shipped weights.")] = 0,
-    episodes: Annotated[int, typer.Option(help="Fresh episodes per row of the table that is printed at the end.")] = 200,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; by default the recipe's.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Seeds weights and training episodes; 0 made the shipped weights.")
+    ] = 0,
+    episodes: Annotated[int, typer.Option(min=1, help="Fresh episodes per row of the table printed at the end.")] = 200,
     device: Device = None,
 ) -> None:
     """Train the bundled in-context learner from scratch, under 15 minutes on two cores, and measure what it can do."""
     with _errors_for_people():
+        _require_writable(out)
         with console.status("loading torch and TransformerLens"):
             from iclgd_lens.experiments.bundled import measure_bundled
             from iclgd_lens.models.bundled.learner import load_bundled, save_bundled
@@ -136,7 +144,7 @@ def train_bundled(
                 on_episode=lambda done, total: progress.update(bar, completed=done, total=total),
             )
     console.print(bundled_table(measured))
-    console.print(f"Weights: {out}")
+    console.print(f"Weights: {out}", soft_wrap=True, markup=False)
 
 
 def _listed(values: Iterable[int]) -> str:
@@ -152,13 +160,15 @@ def _parse_k(k: str) -> int | Literal["fit"]:
         raise ValueError(f"k must be a number of demonstrations or 'fit', got {k!r}") from None
 
 
-def _require_folder(out: Path) -> None:
-    """Find out before any work is done whether results can be written."""
-    nearest = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+def _require_writable(file: Path) -> None:
+    """Find out before any work is done whether a file can be written."""
+    if file.is_dir():
+        raise IsADirectoryError(f"cannot write {file}: it is a folder")
+    nearest = next(folder for folder in file.absolute().parents if folder.exists())
     if not nearest.is_dir():
-        raise NotADirectoryError(f"--out {out}: {nearest} is a file, not a folder")
+        raise NotADirectoryError(f"cannot write {file}: {nearest} is a file, not a folder")
     if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"--out {out}: cannot write to {nearest}")
+        raise PermissionError(f"cannot write {file}: no permission to write in {nearest}")
 
 
 def _progress() -> Progress:
@@ -175,9 +185,9 @@ def _progress() -> Progress:
 
 @contextmanager
 def _errors_for_people() -> Iterator[None]:
-    """Turn the errors that say what to do into one line and exit status 2; anything else is a defect and keeps its trace."""
+    """Turn errors about values and files into one line and exit status 2; others are defects and keep their trace."""
     try:
         yield
     except (ValueError, OSError) as error:
-        console.print("[bold red]error:[/bold red]", Text(str(error)))
+        errors.print("[bold red]error:[/bold red]", Text(str(error)))
         raise typer.Exit(2) from error

@@ -9,7 +9,7 @@ from iclgd_lens.cli import app
 
 
 def run(*arguments: str):
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160", "NO_COLOR": "1"})
 
 
 def small_demo(folder, *more: str):
@@ -44,8 +44,8 @@ def test_demo_repeats_with_the_same_seed_and_changes_with_another(tmp_path):
         (["--k", "40"], "16 would fit"),
         (["--lr", "1e30"], "use a smaller learning rate"),
         (["--readout", "labels"], "needs loss_on='label'"),
-        (["--queries", "0"], "n_queries must be at least 1"),
-        (["--episodes", "0"], "episodes must be at least 1"),
+        (["--queries", "0"], "is not in the range"),
+        (["--episodes", "0"], "is not in the range"),
         (["--k", "many"], "number of demonstrations or 'fit'"),
     ],
 )
@@ -68,3 +68,15 @@ def test_train_bundled_writes_weights_and_prints_what_they_can_do(tmp_path):
     assert result.exit_code == 0, result.output
     assert (tmp_path / "w.safetensors").is_file()
     assert "untrained ICL" in result.output
+
+
+def test_train_bundled_refuses_a_folder_before_it_trains(tmp_path):
+    result = run("train-bundled", "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "it is a folder" in result.output
+
+
+def test_brackets_in_paths_are_printed_as_they_are(tmp_path):
+    result = small_demo(tmp_path / "x[red][", "--episodes", "1")
+    assert result.exit_code == 0
+    assert "x[red][" in result.output

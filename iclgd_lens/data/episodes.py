@@ -67,6 +67,19 @@ def require_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query
     )
 
 
+def require_known_tokens(examples: Sequence[Demonstration | Query], d_vocab: int) -> None:
+    """Check that examples were tokenised for a vocabulary of this size, or a smaller one.
+
+    Raises:
+        ValueError: If a token lies beyond it.
+    """
+    for example in examples:
+        if (largest := int(example.tokens.max())) >= d_vocab:
+            raise ValueError(
+                f"token {largest} is not in the model's vocabulary of {d_vocab}; was the episode drawn for another model?"
+            )
+
+
 def _longest_body(queries: Sequence[Query]) -> int:
     """The tokens that the longest query needs behind a context: its text without BOS, and its longest label but the last
     token, which is only predicted.

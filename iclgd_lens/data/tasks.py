@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode, how_many_fit, require_fit
 from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query
+from iclgd_lens.draws import pick, shuffled
 from iclgd_lens.models.bundled import language
 
 MOST_DEMONSTRATIONS = 32
@@ -147,14 +149,14 @@ class Task:
         query_pool = (
             None
             if query_rows is None
-            else language.shuffled(
+            else shuffled(
                 random.Random(f"{name}/queries"),
                 _examples(query_rows, f"{name} (queries)", prompt_format, table, label_column),
             )
         )
 
         def draw(k: int, n_queries: int, seed: int) -> Draw:
-            order = language.shuffled(random.Random(f"{name}/{seed}"), pool)
+            order = shuffled(random.Random(f"{name}/{seed}"), pool)
             queries = (order[k:] if query_pool is None else query_pool)[:n_queries]
             if not queries:
                 raise ValueError(f"task {name!r} has {len(pool)} rows: after k={k} demonstrations none is left for queries")
@@ -213,7 +215,7 @@ class Task:
         return cls.from_rows(read(Path(path)), query_rows=query_rows, **options)
 
 
-def bundled_task(mapping: language.Mapping, n_classes: int = 2) -> Task:
+def bundled_task(mapping: language.Labelling, n_classes: int = 2) -> Task:
     """Make a task of the bundled language, whose every episode has topics, label words and sentences of its own.
 
     Demonstrations hold every class equally often, as near as k allows, and those for a smaller k are the first of those for a
@@ -226,8 +228,8 @@ def bundled_task(mapping: language.Mapping, n_classes: int = 2) -> Task:
     Raises:
         ValueError: If `mapping` is unknown or `n_classes` out of range.
     """
-    if mapping not in get_args(language.Mapping):
-        raise ValueError(f"mapping must be one of {', '.join(map(repr, get_args(language.Mapping)))}; got {mapping!r}")
+    if mapping not in get_args(language.Labelling):
+        raise ValueError(f"mapping must be one of {', '.join(map(repr, get_args(language.Labelling)))}; got {mapping!r}")
     if not 2 <= n_classes <= len(language.TOPIC_WORDS):
         raise ValueError(f"n_classes must be between 2 and {len(language.TOPIC_WORDS)}, got {n_classes}")
     name = f"bundled/{mapping}" + ("" if n_classes == 2 else f"-{n_classes}")
@@ -244,13 +246,13 @@ def bundled_task(mapping: language.Mapping, n_classes: int = 2) -> Task:
 
         def demonstrations() -> Iterator[Example]:
             while True:
-                for label in language.shuffled(of_demonstrations, range(n_classes)):
+                for label in shuffled(of_demonstrations, range(n_classes)):
                     yield example(of_demonstrations, label)
 
         return Draw(
             assignment.label_words,
             tuple(islice(demonstrations(), k)),
-            tuple(example(of_queries, language.pick(of_queries, range(n_classes))) for _ in range(n_queries)),
+            tuple(example(of_queries, pick(of_queries, range(n_classes))) for _ in range(n_queries)),
         )
 
     return Task(name, PromptFormat(language.TEMPLATE, language.SEPARATOR), draw)
@@ -287,7 +289,7 @@ def _examples(
         for column in (*prompt_format.fields, label_column):
             if column not in row:
                 raise ValueError(f"{source}, row {number}: no column {column!r}; it has {', '.join(map(str, row))}")
-            if row[column] is None:
+            if row[column] is None or row[column] != row[column]:  # NaN, as tables write what is missing
                 raise ValueError(f"{source}, row {number}: the value in column {column!r} is missing")
         fields = {column: str(row[column]).strip() for column in prompt_format.fields}
         empty = [column for column, text in fields.items() if not text]
@@ -305,14 +307,23 @@ def _examples(
     return examples
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be read; save it as UTF-8") from error
+
+
 def _read_csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
+    try:
+        return list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as CSV: {error}") from error
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.tasks import bundled_task
 from iclgd_lens.metrics.agreement import accuracy
-from iclgd_lens.models.bundled.language import Mapping
+from iclgd_lens.models.bundled.language import Labelling
 from iclgd_lens.models.untrained import untrained_twin
 from iclgd_lens.runs.activations import capture
 
@@ -43,7 +43,7 @@ def measure_bundled(
         on the label words of the episode.
     """
     subjects = {"trained": model, "untrained": untrained_twin(model)}
-    cells = [(mapping, n_classes, k, name) for mapping in get_args(Mapping) for n_classes, k in settings for name in subjects]
+    cells = [(mapping, n_classes, k, name) for mapping in get_args(Labelling) for n_classes, k in settings for name in subjects]
     rows = []
     for done, (mapping, n_classes, k, name) in enumerate(cells):
         task = bundled_task(mapping, n_classes)

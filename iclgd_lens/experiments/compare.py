@@ -20,12 +20,12 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
-from iclgd_lens.metrics.agreement import accuracy, rec2ftp
+from iclgd_lens.metrics.agreement import correct, rec2ftp
 from iclgd_lens.metrics.controls import random_update
 from iclgd_lens.metrics.similarity import alpha, sim_am, sim_am_delta, sim_aou, sim_aou_norm
 from iclgd_lens.runs.activations import Activations, Kept, capture
-from iclgd_lens.updates.dual import ParameterUpdate
-from iclgd_lens.updates.gradient import ALL_PARAMETERS, LossOn, Readout, Schedule, gd, lcgd
+from iclgd_lens.updates.dual import LossOn, ParameterUpdate, Readout, Schedule
+from iclgd_lens.updates.gradient import ALL_PARAMETERS, gd, lcgd
 from iclgd_lens.updates.inject import Parameter
 
 Method = Literal["gd", "lcgd"]
@@ -43,7 +43,8 @@ class Comparison:
             that the updates were made with say where a row comes from; `model` is `"trained"` or `"untrained"`; `method` is the
             run that is described (`"zsl"`, `"icl"`, `"gd"`, `"lcgd"`); `control` is `"none"`, or `"random"` where the update's
             effect was replaced by a random one of the same size; `metric` and `layer` (missing for metrics of the whole model);
-            `value` is the mean over queries and heads of the `n` defined values, `undefined` others being left out.
+            `value` is the mean over queries and heads of the `n` defined values, `undefined` others being left out (for
+            `rec2ftp`, which is about the queries that finetuning corrects, those are the others).
     """
 
     frame: pd.DataFrame
@@ -137,7 +138,7 @@ def _measure(
 ) -> Iterator[dict[str, Any]]:
     zsl, icl = runs["zsl"], runs["icl"]
     for name, run in runs.items():
-        yield from _rows("accuracy", accuracy(run), method=name, lr=rates.get(name))
+        yield from _rows("accuracy", correct(run), method=name, lr=rates.get(name))
     yield from _rows("sim_am", sim_am(icl, zsl), method="zsl")
     for index, method in enumerate(methods):
         about: dict[str, Any] = {"method": method, "lr": rates[method]}
@@ -155,8 +156,8 @@ def _measure(
 
 
 def _rows(metric: str, values: Tensor, *, method: str, lr: float | None = None, control: str = "none") -> Iterator[dict[str, Any]]:
-    """One row per layer, `values` being `[query layer ...]`, or one row for a number of the whole model."""
-    layers = [(None, values)] if values.ndim == 0 else list(enumerate(values.unbind(dim=1)))
+    """One row per layer, `values` being `[query layer ...]`, or one row for `[query]` values of the whole model."""
+    layers = [(None, values)] if values.ndim == 1 else list(enumerate(values.unbind(dim=1)))
     for layer, per_query in layers:
         defined = ~per_query.isnan()
         yield {
@@ -165,7 +166,7 @@ def _rows(metric: str, values: Tensor, *, method: str, lr: float | None = None, 
             "control": control,
             "layer": layer,
             "metric": metric,
-            "value": per_query[defined].double().mean().item(),
+            "value": per_query[defined].cpu().double().mean().item(),
             "n": int(defined.sum()),
             "undefined": int((~defined).sum()),
         }

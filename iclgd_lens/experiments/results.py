@@ -18,6 +18,9 @@ from iclgd_lens.files import written_whole
 EPISODE = ["task", "k", "seed"]
 """The columns that tell episodes apart."""
 
+OPTIONS = ["lr", "loss_on", "readout", "schedule", "epochs", "parameters"]
+"""The columns that say how updates were made; values made in different ways are never averaged."""
+
 LEVEL = 0.95
 
 
@@ -31,8 +34,12 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "cont
     Returns:
         One row per group: the columns of `by`, then `mean`, `low` and `high` (a 95 % t-interval over episodes, NaN for a single
         one), `episodes` (how many had a defined value) and `undefined` (values left out within them).
+
+    Raises:
+        ValueError: If values would be averaged over different options of the updates, such as learning rates.
     """
     by = list(by)
+    _refuse_pooling(frame, by)
     groups = frame.groupby(EPISODE + by, dropna=False, observed=True)
     per_episode = groups.agg(value=("value", "mean"), undefined=("undefined", "sum")).reset_index()
 
@@ -55,12 +62,16 @@ def paired_difference(frame: pd.DataFrame, metric: str, a: dict[str, str], b: di
 
     Returns:
         Mean, low, high, and the number of episodes in which both are defined.
+
+    Raises:
+        ValueError: If a condition would average over different options of the updates, such as learning rates.
     """
 
     def per_episode(condition: dict[str, str]) -> pd.Series:
         chosen = frame[frame["metric"] == metric]
         for column, value in ({"control": "none"} | condition).items():
             chosen = chosen[chosen[column] == value]
+        _refuse_pooling(chosen, [])
         return chosen.groupby(EPISODE)["value"].mean()
 
     return interval((per_episode(a) - per_episode(b)).to_numpy())
@@ -79,6 +90,14 @@ def interval(values: np.ndarray) -> tuple[float, float, float, int]:
         return mean, float("nan"), float("nan"), count
     half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1) * stats.sem(defined))
     return mean, mean - half, mean + half, count
+
+
+def _refuse_pooling(frame: pd.DataFrame, by: list[str]) -> None:
+    groups = frame.groupby(by, dropna=False, observed=True) if by else frame.groupby(lambda _: 0)
+    for option in OPTIONS:
+        if option in frame and option not in by and (groups[option].nunique() > 1).any():
+            values = ", ".join(map(str, sorted(frame[option].dropna().unique())))
+            raise ValueError(f"the frame holds several values of {option} ({values}); choose one, or add {option!r} to `by`")
 
 
 def write_frame(frame: pd.DataFrame, path: str | Path) -> Path:

@@ -29,8 +29,9 @@ from iclgd_lens.models.precision import wide
 from iclgd_lens.runs.activations import Activations
 
 OUTPUT_ROUNDING, SCORE_ROUNDING = 8, 64
-"""A difference of outputs or scores counts as zero up to so many units of rounding, relative to the longer vector. Scores want
-more: they are sums of products that cancel."""
+"""A difference of outputs or scores counts as zero up to so many units of rounding in float32 (or float64), relative to the longer
+vector. Scores want more: they are sums of products that cancel. For values stored in half precision it is one unit of that, if
+larger."""
 
 
 def sim_aou(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor, "query layer"]:
@@ -55,8 +56,11 @@ def sim_aou_norm(icl: Activations, ft: Activations, zsl: Activations) -> Float[T
         ValueError: If the runs are not of the same queries and shape.
     """
     _require_same_runs(icl, ft, zsl)
+    stored = zsl.attn_out.dtype
     unit_icl, unit_ft, unit_zsl = (_unit(run.attn_out) for run in (icl, ft, zsl))
-    return _cosine(_difference(unit_icl, unit_zsl, OUTPUT_ROUNDING), _difference(unit_ft, unit_zsl, OUTPUT_ROUNDING))
+    return _cosine(
+        _difference(unit_icl, unit_zsl, OUTPUT_ROUNDING, stored), _difference(unit_ft, unit_zsl, OUTPUT_ROUNDING, stored)
+    )
 
 
 def sim_am(icl: Activations, ft: Activations) -> Float[Tensor, "query layer head"]:
@@ -107,24 +111,29 @@ def alpha(
 
 
 def _unit(x: Float[Tensor, "*batch component"]) -> Float[Tensor, "*batch component"]:
-    """Scale to length 1; a zero vector becomes NaN."""
+    """Scale to length 1; a zero vector becomes NaN. Dividing by the largest entry first keeps squares in range."""
     x = wide(x)
+    x = x / x.abs().amax(dim=-1, keepdim=True)
     return x / x.norm(dim=-1, keepdim=True)
 
 
 def _difference(
-    a: Float[Tensor, "*batch component"], b: Float[Tensor, "*batch component"], rounding: float
+    a: Float[Tensor, "*batch component"],
+    b: Float[Tensor, "*batch component"],
+    rounding: float,
+    stored: torch.dtype | None = None,
 ) -> Float[Tensor, "*batch component"]:
-    """Subtract: a − b, or zero where that is no longer than `rounding` units of the inputs' rounding error."""
-    unit = rounding * torch.finfo(a.dtype).eps
+    """Subtract: a − b, or zero where that is no longer than rounding explains; `stored` is the dtype that a and b come from."""
+    storage = torch.finfo(stored or a.dtype).eps
     a, b = wide(a), wide(b)
+    unit = max(rounding * torch.finfo(a.dtype).eps, storage)
     difference = a - b
     longest = torch.maximum(a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True))
     return difference.masked_fill(difference.norm(dim=-1, keepdim=True) <= unit * longest, 0.0)
 
 
 def _cosine(a: Float[Tensor, "*batch component"], b: Float[Tensor, "*batch component"]) -> Float[Tensor, "*batch"]:
-    """Cosine along the last axis, NaN where a vector is zero. Scaling first keeps tiny vectors from underflowing."""
+    """Cosine along the last axis, NaN where a vector is zero or not finite."""
     return einsum(_unit(a), _unit(b), "... component, ... component -> ...").clamp(-1.0, 1.0)
 
 

@@ -7,21 +7,24 @@ import hashlib
 import torch
 from transformer_lens import HookedTransformer
 
-_SAMPLES = 256
+_SAMPLES = 1024
+_STRIDE = 2_654_435_761
+"""A large prime: multiples of it, modulo a parameter's size, visit rows, columns and heads alike."""
 
 
 def fingerprint(model: HookedTransformer) -> str:
-    """Digest a model's parameter names, shapes and up to 256 evenly spread values of each parameter, as 16 hex digits.
+    """Digest a model's parameter names, shapes and up to 1024 values of each parameter, spread all over it, as 16 hex digits.
 
     Reading a sample keeps this cheap for large models: a training step changes nearly every value and is always seen, an edit of
-    single entries may not be. The device does not matter, nor does the dtype as long as it holds the same values.
+    a few entries may not be. The device does not matter, nor does the dtype as long as it holds the same values.
     """
     digest = hashlib.sha256()
     samples = []
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{list(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
-        stride = max(1, -(-flat.numel() // _SAMPLES))
-        samples.append(flat[::stride].double())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+        if flat.numel() > _SAMPLES:
+            flat = flat[(torch.arange(_SAMPLES) * _STRIDE % flat.numel()).to(flat.device)]
+        samples.append(flat)
+    digest.update(torch.cat([sample.cpu().double() for sample in samples]).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -148,19 +148,29 @@ class HookSites:
 
 
 def warn_if_processed(model: HookedTransformer) -> None:
-    """Warn that gradient steps on processed weights are not the steps of the model as it was trained.
+    """Warn where weights were processed, since steps on them are not the steps of the model as it was trained.
 
     Gradient descent is not invariant to a change of parameters: folding a norm's scale into `W_K` changes the gradient of
     `W_K` by that scale squared in effect, so an update of a folded model is another update.
     """
-    if model.cfg.normalization_type in PROCESSED_NORMS:
+    if processing := _processing(model):
         warnings.warn(
-            f"this model's layer norms are folded into its weights (normalization_type={model.cfg.normalization_type!r}), "
-            "and gradient descent is not invariant to that: the update will differ from the one that the model as trained "
-            "would make. Load it with load_model(name) or from_pretrained_no_processing(name) to compare with the paper.",
+            f"this model's weights are processed: {processing}. Neither gradient descent nor the attention output is invariant to "
+            "that: updates and similarities will differ from those of the model as trained. Load it with load_model(name) or "
+            "from_pretrained_no_processing(name) to compare with the paper.",
             UserWarning,
             stacklevel=4,  # the line that called gd or lcgd
         )
+
+
+def _processing(model: HookedTransformer) -> str | None:
+    """Say how a model's weights were processed when it was loaded, where that can be seen."""
+    if model.cfg.normalization_type in PROCESSED_NORMS:
+        return f"its layer norms are folded into them (normalization_type={model.cfg.normalization_type!r})"
+    output = model.blocks[0].attn.W_O.detach()
+    if bool(output.any()) and output.mean(dim=-1).abs().max() < 1e-4 * output.abs().mean():
+        return "those that write to the residual stream are centred"
+    return None
 
 
 def _refuse_unsupported(model: HookedTransformer) -> None:

@@ -21,11 +21,11 @@ from typing import Literal, get_args
 import torch
 from transformer_lens import HookedTransformer
 
-Kept = Literal["embed", "pos_embed", "ln", "unembed"]
+Part = Literal["embed", "pos_embed", "ln", "unembed"]
 
 
 def untrained_twin(
-    model: HookedTransformer, seed: int = 0, keep: Sequence[Kept] = ("embed", "pos_embed", "ln", "unembed")
+    model: HookedTransformer, seed: int = 0, keep: Sequence[Part] = ("embed", "pos_embed", "ln", "unembed")
 ) -> HookedTransformer:
     """Make a model of the same architecture whose weights are drawn anew, but for the parts named in `keep`.
 
@@ -40,11 +40,16 @@ def untrained_twin(
             `"unembed"`. The paper's baseline keeps all four (the authors' code); its variant keeps `("ln",)`.
 
     Raises:
-        ValueError: If `keep` names an unknown part.
+        ValueError: If `keep` names an unknown part, or the model is one that TransformerLens initialises in another way.
     """
-    unknown = [part for part in keep if part not in get_args(Kept)]
+    unknown = [part for part in keep if part not in get_args(Part)]
     if unknown:
-        raise ValueError(f"keep may name {', '.join(get_args(Kept))}; got {unknown}")
+        raise ValueError(f"keep may name {', '.join(get_args(Part))}; got {unknown}")
+    if model.cfg.init_mode != "gpt2":
+        raise ValueError(
+            f"an untrained twin is drawn from a normal distribution (init_mode='gpt2'), but this model has init_mode="
+            f"{model.cfg.init_mode!r}; initialise a model of this architecture yourself and use that"
+        )
     config = deepcopy(model.cfg)
     # Without the tokenizer's name, which would be looked up on the hub, and without any random draw of TransformerLens's own.
     config.tokenizer_name, config.init_weights = None, False

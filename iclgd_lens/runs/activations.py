@@ -25,11 +25,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from iclgd_lens.data.episodes import require_fit
+from iclgd_lens.data.episodes import require_fit, require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, Query, context_tokens
 from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import read_out
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.sites import HookSites, NamedHook
 from iclgd_lens.runs.prefix import Prefix
 
 Kept = Literal["attn_out", "query_scores", "context_scores", "label_log_probs", "lens_logits"]
@@ -116,10 +116,12 @@ def capture(
 ) -> Activations:
     """Run queries and read every attention layer at each query's last token.
 
-    The context, or BOS alone, runs once; the queries run behind its cached keys and values, in batches of similar length,
-    padded on the left. Hooks that are already on the model act in every run. Kept are `queries × layers × d_model` numbers for
-    `attn_out`, `queries × layers × heads × query length` for `query_scores` and `queries × layers × heads × context length` for
-    `context_scores`; while a batch runs, attention itself holds `batch × heads × query length × prompt length` for one layer.
+    The context, or BOS alone, runs once; the queries run behind its cached keys and values, in batches of similar length, padded
+    on the left. Hooks that are already on the model act in every run; but label words are read out from the residual stream
+    (`models/readout.py`), so hooks on the final norm and the unembedding are not seen. Kept are `queries × layers × d_model`
+    numbers for `attn_out`, `queries × layers × heads × query length` for `query_scores` and `queries × layers × heads × context
+    length` for `context_scores`. While a batch runs, attention itself holds `batch × heads × query length × prompt length` for
+    one layer, and `heads × context length²` while the context runs.
 
     Args:
         model: A `HookedTransformer`, with or without hooks of your own on it.
@@ -132,7 +134,8 @@ def capture(
 
     Raises:
         ValueError: If there are no queries, their label words differ or are missing though asked for, the context is empty,
-            begins with another BOS than the queries, or makes a prompt longer than the context window; if `keep` names an
+            begins with another BOS than the queries, or makes a prompt longer than the context window; if a token is not in the
+            model's vocabulary; if `keep` names an
             unknown field; or if the update belongs to another model.
     """
     sites = HookSites.of(model)
@@ -142,6 +145,7 @@ def capture(
     prefix_tokens = queries[0].tokens[:1] if context is None else context_tokens(context)
     if any(query.tokens[0] != prefix_tokens[0] for query in queries):
         raise ValueError("queries and demonstrations must all begin with the same BOS token")
+    require_known_tokens([*(context or ()), *queries], model.cfg.d_vocab)
     require_fit(context or (), queries, model.cfg.n_ctx)
     wanted = _wanted(keep, has_context=context is not None, has_labels=bool(label_tokens))
 
@@ -192,7 +196,7 @@ class _Reader:
         bodies = [self.bodies[row] for row in rows.tolist()]
         width = max(map(len, bodies))
         final: list[Float[Tensor, "batch d_model"]] = []
-        hooks: list[tuple[str, Callable]] = []
+        hooks: list[NamedHook] = []
         for layer in range(self.sites.n_layers):
             if "attn_out" in self.kept:
                 hooks.append((self.sites.attention_out[layer], self._keep_attention_out(rows, layer)))
@@ -217,7 +221,7 @@ class _Reader:
             last = scores[:, :, -1]
             if "query_scores" in self.kept:
                 own = last[:, :, -width:]
-                self.kept["query_scores"][rows, layer, :, -width:] = own.masked_fill(~own.isfinite(), 0.0)
+                self.kept["query_scores"][rows, layer, :, -width:] = own.masked_fill(own == -torch.inf, 0.0)
             if "context_scores" in self.kept:
                 self.kept["context_scores"][rows, layer] = last[:, :, 1 : self.prefix.length]
 

@@ -7,9 +7,8 @@ Hooks on the model fire in both runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -18,7 +17,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
-FwdHooks = Sequence[tuple[str | Callable, Callable[..., Any]]]
+from iclgd_lens.models.sites import NamedHook
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +42,7 @@ class Prefix:
         model(batch, attention_mask=torch.ones_like(batch), past_kv_cache=cache, return_type=None)
         return cls(model, len(tokens), cache)
 
-    def continue_with(self, bodies: Sequence[Int[Tensor, "pos"]], fwd_hooks: FwdHooks) -> None:
+    def continue_with(self, bodies: Sequence[Int[Tensor, "pos"]], fwd_hooks: Sequence[NamedHook]) -> None:
         """Run a batch of continuations, each padded on the left to the longest, for what the hooks see.
 
         Nothing is returned: what is wanted is read by hooks. At a hook, position -1 is every continuation's last token.
@@ -62,7 +61,7 @@ class Prefix:
             attention_mask=mask,
             past_kv_cache=self._expanded(len(tokens)),
             return_type=None,
-            fwd_hooks=list(fwd_hooks),
+            fwd_hooks=[*fwd_hooks],
         )
 
     def _expanded(self, batch: int) -> TransformerLensKeyValueCache:

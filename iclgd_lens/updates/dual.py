@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,6 +27,10 @@ from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.precision import wide
 from iclgd_lens.models.sites import HookSites, NamedHook
 from iclgd_lens.updates.inject import Parameter, injection_hooks
+
+LossOn = Literal["demonstration", "label"]
+Readout = Literal["vocab", "labels"]
+Schedule = Literal["online", "batch"]
 
 FILE_FORMAT = "iclgd_lens.ParameterUpdate/1"
 
@@ -47,9 +51,9 @@ class UpdateSettings:
 
     method: Literal["gd", "lcgd"]
     lr: float
-    loss_on: Literal["demonstration", "label"]
-    readout: Literal["vocab", "labels"]
-    schedule: Literal["online", "batch"]
+    loss_on: LossOn
+    readout: Readout
+    schedule: Schedule
     epochs: int
     parameters: tuple[Parameter, ...]
 
@@ -95,17 +99,23 @@ class ParameterUpdate:
         Raises:
             ValueError: If there is no such parameter or layer.
         """
+        flat = self._flat_delta(name, layer)
+        head = {"head": self.key_errors.shape[2]}
+        if name.startswith("b"):
+            return rearrange(flat, "(head d_head) -> head d_head", **head)
+        return rearrange(flat, "d_model (head d_head) -> head d_model d_head", **head)
+
+    def _flat_delta(self, name: Parameter, layer: int) -> Float[Tensor, "*d_model head_d_head"]:
         if name not in get_args(Parameter):
             raise ValueError(f"name must be one of {', '.join(get_args(Parameter))}; got {name!r}")
         n_layers = len(self.inputs)
         if not -n_layers <= layer < n_layers:
             raise ValueError(f"layer={layer}, but the update has {n_layers} layers")
-        errors = wide((self.key_errors if name.endswith("K") else self.value_errors)[layer])
+        errors = (self.key_errors if name.endswith("K") else self.value_errors)[layer]
+        flat = wide(rearrange(errors, "token head d_head -> token (head d_head)"))
         if name not in self.settings.parameters:
-            errors = torch.zeros_like(errors)
-        if name.startswith("b"):
-            return errors.sum(dim=0)
-        return einsum(wide(self.inputs[layer]), errors, "token d_model, token head d_head -> head d_model d_head")
+            flat = torch.zeros_like(flat)
+        return flat.sum(dim=0) if name.startswith("b") else wide(self.inputs[layer]).T @ flat
 
     @property
     def norms(self) -> dict[str, Float[Tensor, "layer"]]:
@@ -132,10 +142,10 @@ class ParameterUpdate:
                 f"has {found} (other weights, another shape or another dtype)"
             )
         stacked: dict[str, Tensor] = {
-            name: torch.stack([self._flat_delta(name, layer) for layer in range(len(self.inputs))]).to(model.cfg.device)
+            name: torch.stack([self._flat_delta(name, layer).to(model.cfg.dtype) for layer in range(len(self.inputs))])
             for name in self.settings.parameters
         }
-        return injection_hooks(HookSites.of(model), stacked)
+        return injection_hooks(HookSites.of(model), {name: delta.to(model.cfg.device) for name, delta in stacked.items()})
 
     @contextmanager
     def attached(self, model: HookedTransformer) -> Iterator[HookedTransformer]:
@@ -165,6 +175,8 @@ class ParameterUpdate:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is not a saved update.
         """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}")
         try:
             with safe_open(Path(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -176,12 +188,6 @@ class ParameterUpdate:
         settings = json.loads(metadata["settings"])
         settings["parameters"] = tuple(settings["parameters"])
         return cls(**tensors, settings=UpdateSettings(**settings), fingerprint=metadata["fingerprint"])
-
-    def _flat_delta(self, name: Parameter, layer: int) -> Tensor:
-        delta = self.delta(name, layer)
-        if name.startswith("b"):
-            return rearrange(delta, "head d_head -> (head d_head)")
-        return rearrange(delta, "head d_model d_head -> d_model (head d_head)")
 
 
 _TENSORS = ("inputs", "key_errors", "value_errors", "demonstration", "position", "gradient_norms", "losses")

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,19 +37,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import read_out
 from iclgd_lens.models.sites import HookSites, NamedHook, warn_if_processed
-from iclgd_lens.updates.dual import ParameterUpdate, UpdateSettings
+from iclgd_lens.updates.dual import LossOn, ParameterUpdate, Readout, Schedule, UpdateSettings
 from iclgd_lens.updates.inject import Parameter, injection_hooks
 
-LossOn = Literal["demonstration", "label"]
-Readout = Literal["vocab", "labels"]
-Schedule = Literal["online", "batch"]
-
-ALL_PARAMETERS: tuple[Parameter, ...] = ("W_K", "b_K", "W_V", "b_V")
+ALL_PARAMETERS: tuple[Parameter, ...] = get_args(Parameter)
 
 
 def gd(
@@ -66,7 +64,8 @@ def gd(
     """Make the update of vanilla gradient descent: the loss is at the model's output.
 
     Args:
-        model: The model; it is only read, and its hooks act as they do in any run.
+        model: The model; it is only read. Hooks that are on it act, but for those on the final norm and the unembedding: losses are
+            read out from the residual stream (`models/readout.py`).
         demonstrations: What to train on, in order.
         lr: Step size of plain SGD (no momentum, no decay).
         loss_on: `"demonstration"`: mean cross-entropy over all predicted tokens of the demonstration (the authors' code);
@@ -80,13 +79,13 @@ def gd(
         label_tokens: The tokens of each label word, `episode.label_tokens`; needed for `readout="labels"`.
 
     Returns:
-        The update in dual form: sums are made in at least float32, the pairs kept in the model's dtype.
+        The update in dual form: inputs in the model's dtype, errors and all sums in at least float32.
 
     Raises:
         ValueError: If an option is unknown or does not fit another, there are no demonstrations, one is longer than the context
             window, or the update becomes non-finite (the message names the demonstration and the layer).
     """
-    settings = UpdateSettings("gd", lr, loss_on, readout, schedule, epochs, tuple(parameters))
+    settings = _settings("gd", lr, loss_on, readout, schedule, epochs, parameters)
     return _descend(model, demonstrations, settings, label_tokens, _gd_gradients)
 
 
@@ -106,7 +105,7 @@ def lcgd(
 
     Arguments, return value and errors are those of `gd`. The last layer's first step is `gd`'s.
     """
-    settings = UpdateSettings("lcgd", lr, loss_on, readout, schedule, epochs, tuple(parameters))
+    settings = _settings("lcgd", lr, loss_on, readout, schedule, epochs, parameters)
     return _descend(model, demonstrations, settings, label_tokens, _lcgd_gradients)
 
 
@@ -137,7 +136,9 @@ def _descend(
     # Gradients are wanted whatever the caller's autograd mode: notebooks often switch it off.
     with torch.inference_mode(False), torch.no_grad():
         running = _zero_deltas(sites, settings.parameters)
-        pending = {name: torch.zeros_like(delta) for name, delta in running.items()}
+        # Online, a gradient changes what the next demonstration meets; in a batch it waits for the end of the epoch.
+        online = settings.schedule == "online"
+        pending = running if online else {name: torch.zeros_like(delta) for name, delta in running.items()}
         steps: list[_Gradients] = []
         norms: list[Float[Tensor, "layer"]] = []
         for _ in range(settings.epochs):
@@ -149,9 +150,7 @@ def _descend(
                 steps.append(found)
                 norms.append(_accumulate(found, pending, settings.lr))
                 _refuse_non_finite(norms[-1], settings, number, len(demonstrations))
-                if settings.schedule == "online":
-                    _apply(pending, running)
-            if settings.schedule == "batch":
+            if not online:
                 _apply(pending, running)
         return _in_dual_form(sites, demonstrations, settings, steps, norms)
 
@@ -326,8 +325,8 @@ def _in_dual_form(
         per_step = [getattr(step, kind) for step in steps]
         if per_step[0] is None:
             cfg = sites.model.cfg
-            return torch.zeros(*inputs.shape[:2], sites.n_kv_heads, cfg.d_head, dtype=inputs.dtype, device=inputs.device)
-        return -settings.lr * _by_layer(per_step)
+            return torch.zeros(*inputs.shape[:2], sites.n_kv_heads, cfg.d_head, dtype=wide_dtype(cfg.dtype), device=inputs.device)
+        return -settings.lr * wide(_by_layer(per_step))
 
     inputs = _by_layer([step.inputs for step in steps])
     device = inputs.device
@@ -351,7 +350,8 @@ def _by_layer(per_step: list[list[Float[Tensor, "pos *rest"]]]) -> Float[Tensor,
 
 
 def _refuse_non_finite(norms: Float[Tensor, "layer"], settings: UpdateSettings, number: int, count: int) -> None:
-    finite = (settings.lr * norms).isfinite()
+    # Its square too: what is larger than that cannot be run with.
+    finite = (settings.lr * norms).square().isfinite()
     if not bool(finite.all()):
         layer = int((~finite).nonzero()[0, 0])
         raise ValueError(
@@ -360,25 +360,39 @@ def _refuse_non_finite(norms: Float[Tensor, "layer"], settings: UpdateSettings, 
         )
 
 
+def _settings(
+    method: Literal["gd", "lcgd"],
+    lr: float,
+    loss_on: LossOn,
+    readout: Readout,
+    schedule: Schedule,
+    epochs: int,
+    parameters: Sequence[Parameter],
+) -> UpdateSettings:
+    """Validate what does not depend on the model or the demonstrations."""
+    for name, given, allowed in (("loss_on", loss_on, LossOn), ("readout", readout, Readout), ("schedule", schedule, Schedule)):
+        if given not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(allowed)))}; got {given!r}")
+    if not isinstance(lr, Real) or not math.isfinite(lr) or lr < 0:
+        raise ValueError(f"lr must be a number, finite and not negative; got {lr!r}")
+    if not isinstance(epochs, Integral) or epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs!r}")
+    names = (parameters,) if isinstance(parameters, str) else tuple(parameters)
+    if not names or any(name not in ALL_PARAMETERS for name in names):
+        raise ValueError(f"parameters must be some of {', '.join(ALL_PARAMETERS)}; got {list(names)}")
+    return UpdateSettings(method, float(lr), loss_on, readout, schedule, int(epochs), names)
+
+
 def _check(
     model: HookedTransformer,
     demonstrations: Sequence[Demonstration],
     settings: UpdateSettings,
     label_tokens: Sequence[Int[Tensor, "label_pos"]] | None,
 ) -> Int[Tensor, "token"] | None:
-    """Validate the arguments of `gd` and `lcgd`; return the vocabulary columns of a restricted readout, sorted."""
+    """Validate demonstrations and label words; return the vocabulary columns of a restricted readout, sorted."""
     if not demonstrations:
         raise ValueError("no demonstrations: a gradient step needs at least one")
-    for name, allowed in (("loss_on", LossOn), ("readout", Readout), ("schedule", Schedule)):
-        if (given := getattr(settings, name)) not in get_args(allowed):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(allowed)))}; got {given!r}")
-    if not (math.isfinite(settings.lr) and settings.lr >= 0):
-        raise ValueError(f"lr must be finite and not negative, got {settings.lr}")
-    if settings.epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {settings.epochs}")
-    unknown = [name for name in settings.parameters if name not in ALL_PARAMETERS]
-    if unknown or not settings.parameters:
-        raise ValueError(f"parameters must be some of {', '.join(ALL_PARAMETERS)}; got {list(settings.parameters)}")
+    require_known_tokens(demonstrations, model.cfg.d_vocab)
     for number, demonstration in enumerate(demonstrations):
         if len(demonstration.tokens) > model.cfg.n_ctx:
             raise ValueError(

@@ -104,7 +104,9 @@ def verdict(frame: pd.DataFrame, metric: str = "sim_aou") -> str:
     numbers = f"{METRIC_NAMES[metric]} over {episodes} episode{'s' if episodes != 1 else ''}: {'; '.join(parts)}."
     if not has_twin:
         return f"{numbers} Without an untrained twin beside it, a similarity is no evidence that ICL is gradient descent."
-    who = f"Only {' and '.join(exceeding)} measurably exceed{'s' if len(exceeding) == 1 else ''}"
+    if episodes == 1:
+        return f"{numbers} One episode says nothing about how sure these differences are."
+    who = " and ".join(exceeding) + f" measurably exceed{'s' if len(exceeding) == 1 else ''}"
     return (
         f"{numbers} {who if exceeding else 'No method measurably exceeds'} an untrained twin; similarity that the twin reaches "
         "too is no evidence that ICL is gradient descent."

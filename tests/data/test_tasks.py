@@ -501,3 +501,12 @@ def test_a_dataset_of_splits_is_refused_and_its_splits_are_named():
     splits = datasets.DatasetDict(train=datasets.Dataset.from_list([dict(row) for row in ROWS]))
     with pytest.raises(TypeError, match="got DatasetDict; choose one of its splits: train"):
         Task.from_dataset(splits, name="splits", template="{text}", labels=["animals", "food"])
+
+
+def test_files_in_another_encoding_or_with_missing_values_are_refused_by_name(tmp_path):
+    path = tmp_path / "latin.csv"
+    path.write_bytes("text,label\nna\u00efve,0\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.csv is not UTF-8 text"):
+        Task.from_csv(path, **FORMAT)
+    with pytest.raises(ValueError, match="row 1: the value in column 'text' is missing"):
+        from_rows([{"text": float("nan"), "label": 0}])

@@ -42,6 +42,16 @@ def test_undefined_episodes_are_left_out():
     assert row["episodes"] == 2
 
 
+def test_values_of_updates_made_in_different_ways_are_never_averaged():
+    frame = pd.concat([rows({0: [0.1]}, lr=lr) for lr in (0.1, 1.0)])
+    with pytest.raises(ValueError, match=r"several values of lr \(0\.1, 1\.0\); choose one, or add 'lr' to `by`"):
+        summarise(frame)
+    assert summarise(frame, by=["lr"])["mean"].tolist() == [0.1, 0.1]
+    condition = {"model": "trained", "method": "gd"}
+    with pytest.raises(ValueError, match="several values of lr"):
+        paired_difference(frame, "sim_aou", condition, condition)
+
+
 def test_one_episode_has_a_mean_and_no_interval():
     mean, low, high, count = interval(np.array([0.5]))
     assert (mean, count) == (0.5, 1)

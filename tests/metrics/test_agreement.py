@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iclgd_lens import Activations, accuracy, rec2ftp
+from iclgd_lens import Activations, accuracy, correct, rec2ftp
 
 
 def run(predictions: list[int], labels: list[int]) -> Activations:
@@ -21,13 +21,17 @@ def test_accuracy_leaves_out_queries_without_finite_scores():
     broken = run([0, 1, 0], [0, 0, 0])
     broken.label_log_probs[1] = float("nan")
     assert float(accuracy(broken)) == 1.0
+    assert correct(broken).isnan().tolist() == [False, True, False]
+    assert rec2ftp(broken, broken, run([1, 1, 1], [0, 0, 0])).isnan().tolist() == [False, True, False]
 
 
 def test_rec2ftp_looks_only_at_what_finetuning_corrected():
     labels = [0, 0, 0, 0, 1]
     zsl, ft, icl = run([1, 1, 1, 0, 1], labels), run([0, 0, 1, 0, 1], labels), run([0, 2, 0, 1, 0], labels)
-    assert float(rec2ftp(icl, ft, zsl)) == 0.5
-    assert rec2ftp(icl, zsl, zsl).isnan()
+    found = rec2ftp(icl, ft, zsl)
+    assert found.isnan().tolist() == [False, False, True, True, True]
+    assert found[:2].tolist() == [1.0, 0.0]
+    assert rec2ftp(icl, zsl, zsl).isnan().all()
 
 
 def test_rec2ftp_refuses_runs_of_other_queries():

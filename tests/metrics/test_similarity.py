@@ -106,6 +106,37 @@ def test_half_precision_activations_are_compared_in_float32():
     torch.testing.assert_close(similarity, sim_aou(icl, ft, zsl), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_changes_above_the_rounding_of_storage_are_kept_and_those_below_are_not(dtype: torch.dtype):
+    zsl = random_run(2)
+    eps = torch.finfo(dtype).eps
+    for size, kept in ((4 * eps, True), (eps / 8, False)):
+        change = (
+            size * torch.nn.functional.normalize(torch.randn(4, LAYERS, WIDTH), dim=-1) * zsl.attn_out.norm(dim=-1, keepdim=True)
+        )
+        icl = zsl.with_kept(attn_out=(zsl.attn_out + change).to(dtype))
+        stored = zsl.with_kept(attn_out=zsl.attn_out.to(dtype))
+        for metric in (sim_aou, sim_aou_norm):
+            assert metric(icl, icl, stored).isnan().any().item() is not kept
+
+
+def test_vectors_too_long_or_too_short_to_square_have_a_direction():
+    icl, ft, zsl = random_run(0), random_run(1), random_run(2)
+    for scale in (1e25, 1e-25):
+        scaled = [run.with_kept(attn_out=scale * run.attn_out, query_scores=scale * run.query_scores) for run in (icl, ft, zsl)]
+        torch.testing.assert_close(sim_am(*scaled[:2]), sim_am(icl, ft))
+        torch.testing.assert_close(sim_aou_norm(*scaled), sim_aou_norm(icl, ft, zsl), atol=1e-5, rtol=0)
+
+
+def test_scores_that_are_not_finite_are_undefined():
+    icl, zsl = random_run(0), random_run(2)
+    icl.query_scores[0, 0, 0, -1] = float("nan")
+    icl.query_scores[0, 1, 0, -1] = float("inf")
+    undefined = sim_am(icl, zsl).isnan()
+    assert undefined[0, :2, 0].all()
+    assert undefined.sum() == 2
+
+
 def test_runs_of_other_queries_or_models_are_refused():
     icl, zsl = random_run(0), random_run(2)
     with pytest.raises(ValueError, match="same queries"):

@@ -13,6 +13,7 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.tasks import load_task
+from iclgd_lens.draws import pick, shuffled
 from iclgd_lens.models.bundled import training
 from iclgd_lens.models.bundled.language import (
     LABEL_POOL,
@@ -20,8 +21,6 @@ from iclgd_lens.models.bundled.language import (
     SEPARATOR,
     TEMPLATE,
     TOPIC_WORDS,
-    pick,
-    shuffled,
     vocabulary,
 )
 from iclgd_lens.models.bundled.learner import N_CTX, WEIGHTS, build_learner, build_tokenizer, load_bundled, save_bundled

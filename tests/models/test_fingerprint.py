@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from iclgd_lens.models.bundled.learner import build_learner
 from iclgd_lens.models.fingerprint import fingerprint
@@ -74,3 +74,15 @@ def test_two_layers_that_swap_their_weights_change_it(model):
     swapped = deepcopy(model)
     swapped.blocks[0], swapped.blocks[1] = swapped.blocks[1], swapped.blocks[0]
     assert fingerprint(swapped) != fingerprint(model)
+
+
+def test_fingerprint_sees_an_edit_of_any_row_column_or_head():
+    model = HookedTransformer(
+        HookedTransformerConfig(n_layers=1, d_model=64, n_ctx=8, d_head=16, n_heads=4, d_vocab=20, act_fn="relu")
+    )
+    before = fingerprint(model)
+    for index in range(16):
+        edited = deepcopy(model)
+        with torch.no_grad():
+            edited.blocks[0].attn.W_Q[:, :, index] += 1
+        assert fingerprint(edited) != before

@@ -136,8 +136,17 @@ def test_a_missing_hook_is_named():
 
 @pytest.mark.parametrize("norm", ["LNPre", "RMSPre"])
 def test_folded_norms_are_warned_of_with_the_reason(norm):
-    with pytest.warns(UserWarning, match=f"normalization_type='{norm}'.*gradient descent is not invariant"):
+    with pytest.warns(
+        UserWarning, match=f"normalization_type='{norm}'.*Neither gradient descent nor the attention output is invariant"
+    ):
         warn_if_processed(make_model(normalization_type=norm))
+
+
+def test_centred_weights_are_warned_of():
+    model = make_model()
+    model.process_weights_(fold_ln=False, center_writing_weights=True, center_unembed=False)
+    with pytest.warns(UserWarning, match="write to the residual stream are centred"):
+        warn_if_processed(model)
 
 
 @pytest.mark.parametrize("norm", ["LN", "RMS", None])

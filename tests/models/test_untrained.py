@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformer_lens import HookedTransformer
 
+from iclgd_lens.models.bundled.learner import build_learner
 from iclgd_lens.models.loading import load_model
-from iclgd_lens.models.untrained import untrained_twin
+from iclgd_lens.models.untrained import draw_weights, untrained_twin
 from tests.models_zoo import ZOO, make_model
 
 EVERYTHING = ("embed", "pos_embed", "ln", "unembed")
@@ -144,3 +145,15 @@ def test_torch_s_random_state_is_left_alone_by_a_mixture_of_experts():
     before = torch.get_rng_state()
     untrained_twin(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_twin_of_a_seed_is_not_the_initialisation_of_that_seed():
+    """The bundled learner's embeddings grew up with the initial weights of seed 0: its twin must have others."""
+    start = build_learner()
+    draw_weights(start, torch.Generator().manual_seed(0))
+    assert not torch.equal(untrained_twin(start, seed=0, keep=()).W_K, start.W_K)
+
+
+def test_a_model_initialised_in_another_way_is_refused_by_name():
+    with pytest.raises(ValueError, match="init_mode='xavier_uniform'"):
+        untrained_twin(make_model(init_mode="xavier_uniform"))

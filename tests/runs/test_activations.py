@@ -15,7 +15,7 @@ from tests.reference import reference_capture, reference_update, relative_error
 LR = 0.05
 FIELDS = ("attn_out", "query_scores", "context_scores", "label_log_probs", "lens_logits")
 METHODS = {"gd": gd, "lcgd": lcgd}
-pytestmark = pytest.mark.filterwarnings("ignore:this model's layer norms are folded:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:this model's weights are processed:UserWarning")
 
 
 def assert_equals_reference(found: Activations, expected: dict, tolerance: float = 1e-5) -> None:

@@ -7,9 +7,11 @@ import math
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.updates.gradient import gd, lcgd
 from tests.models_zoo import BOS, FOLDED, N_CTX, ZOO, in_float64, label_tokens, make_demonstrations, make_model
@@ -25,7 +27,7 @@ OBJECTIVES = {
 TENSORS = ("inputs", "key_errors", "value_errors", "gradient_norms", "losses")
 
 both_methods = pytest.mark.parametrize("method", METHODS)
-pytestmark = pytest.mark.filterwarnings("ignore:this model's layer norms are folded:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:this model's weights are processed:UserWarning")
 
 
 def assert_equals_training(update: ParameterUpdate, trained: Trained, before, names=PARAMETERS, tolerance: float = 1e-5) -> None:
@@ -323,13 +325,13 @@ def test_update_under_an_attached_update_is_of_the_updated_model(method):
 @pytest.mark.parametrize("shape", FOLDED)
 @both_methods
 def test_folded_weights_are_warned_about(shape, method):
-    with pytest.warns(UserWarning, match="folded into its weights"):
+    with pytest.warns(UserWarning, match="weights are processed: its layer norms are folded"):
         METHODS[method](make_model(shape), make_demonstrations(1), lr=LR)
 
 
 @both_methods
 def test_the_warning_points_at_the_callers_line(method):
-    with pytest.warns(UserWarning, match="folded into its weights") as caught:
+    with pytest.warns(UserWarning, match="weights are processed: its layer norms are folded") as caught:
         METHODS[method](make_model("folded"), make_demonstrations(1), lr=LR)
     assert [warning.filename for warning in caught] == [__file__]
 
@@ -351,9 +353,9 @@ def test_unfolded_weights_are_not_warned_about(method):
         ({"parameters": ("W_Q",)}, "parameters must be some of"),
         ({"parameters": ()}, "parameters must be some of"),
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"lr": -0.1}, "lr must be finite and not negative"),
-        ({"lr": math.nan}, "lr must be finite"),
-        ({"lr": math.inf}, "lr must be finite"),
+        ({"lr": -0.1}, "lr must be a number, finite and not negative"),
+        ({"lr": math.nan}, "lr must be a number, finite"),
+        ({"lr": math.inf}, "lr must be a number, finite"),
         ({"readout": "labels", "label_tokens": label_tokens()}, "needs loss_on='label'"),
         ({"readout": "labels", "loss_on": "label"}, "needs label_tokens"),
         ({"readout": "labels", "loss_on": "label", "label_tokens": label_tokens()[:1]}, "label of demonstration 1 is not among"),
@@ -402,3 +404,29 @@ def test_split_attention_inputs_are_refused_with_the_way_out(method):
     model.set_use_split_qkv_input(True)
     with pytest.raises(ValueError, match=r"set_use_split_qkv_input\(False\)"):
         METHODS[method](model, make_demonstrations(), lr=LR)
+
+
+@both_methods
+@pytest.mark.parametrize("schedule", ["online", "batch"])
+def test_a_learning_rate_too_large_to_run_with_is_refused_at_the_first_demonstration(schedule, method):
+    with pytest.raises(ValueError, match=r"lr=1e\+30 made the (gd|lcgd) update non-finite at demonstration 0 of 1 .*layer 0"):
+        METHODS[method](make_model(), make_demonstrations(1), lr=1e30, schedule=schedule)
+
+
+@both_methods
+def test_errors_of_a_half_precision_model_do_not_underflow(method):
+    model, demonstrations = make_model(dtype=torch.float16), make_demonstrations(1)
+    small, large = (METHODS[method](model, demonstrations, lr=lr) for lr in (1e-6, 1e-1))
+    torch.testing.assert_close(small.delta("W_V", 0) * 1e5, large.delta("W_V", 0), rtol=1e-4, atol=0)
+
+
+@both_methods
+def test_numbers_of_numpy_are_numbers(tmp_path, method):
+    update = METHODS[method](make_model(), make_demonstrations(1), lr=np.float32(0.5), epochs=np.int64(1))
+    update.save(tmp_path / "update.safetensors")
+
+
+@both_methods
+def test_tokens_of_another_models_vocabulary_are_refused(method):
+    with pytest.raises(ValueError, match="token 1000 is not in the model's vocabulary"):
+        METHODS[method](make_model(), [Demonstration(torch.tensor([0, 1000]), 1)], lr=LR)

@@ -14,7 +14,7 @@ from tests.models_zoo import BOS, D_VOCAB, ZOO, make_demonstrations, make_model
 from tests.reference import PARAMETERS, parameter, relative_error
 
 LR = 0.05
-pytestmark = pytest.mark.filterwarnings("ignore:this model's layer norms are folded:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:this model's weights are processed:UserWarning")
 
 READ_TOO_EARLY = pytest.mark.xfail(
     strict=True, reason="attention reads the stream itself here, and the update's hook read it before it was edited"

@@ -6,8 +6,7 @@ its own name, so the label can be known without any demonstration. In a **remapp
 random, so only the demonstrations can say which is which. That contrast is what makes the model a fair test bed: its
 zero-shot and in-context behaviour differ for a known reason.
 
-Nothing here touches a model. Every draw goes through `random.Random.random`, the one method whose stream Python promises
-to keep for a given seed, so the same seed gives the same episode on every machine.
+Nothing here touches a model. The same seed gives the same episode on every machine.
 
 >>> rng = random.Random("readme")
 >>> task = draw_assignment(rng, n_classes=2, mapping="natural")
@@ -20,13 +19,13 @@ to keep for a given seed, so the same seed gives the same episode on every machi
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
-T = TypeVar("T")
+from iclgd_lens.draws import pick, shuffled
 
-Mapping = Literal["natural", "remapped"]
+Labelling = Literal["natural", "remapped"]
+"""How topics get their label words: their own names, or words drawn at random."""
 
 TEMPLATE = "Words: {text} Label:"
 """How a sentence is put to the model; the label word follows with a leading space."""
@@ -132,18 +131,7 @@ class Assignment:
     label_words: tuple[str, ...]
 
 
-def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
-    """Return the items in a random order that depends on `rng.random()` alone, so that it is the same on every machine."""
-    keys = [rng.random() for _ in items]
-    return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
-
-
-def pick(rng: random.Random, items: Sequence[T]) -> T:
-    """Return one item, uniformly, by `rng.random()` alone."""
-    return items[int(rng.random() * len(items))]
-
-
-def draw_assignment(rng: random.Random, *, n_classes: int, mapping: Mapping) -> Assignment:
+def draw_assignment(rng: random.Random, *, n_classes: int, mapping: Labelling) -> Assignment:
     """Draw the topics of an episode and their label words.
 
     Args:

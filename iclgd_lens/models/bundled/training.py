@@ -17,14 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from iclgd_lens.draws import pick
 from iclgd_lens.models.bundled.language import (
     BOS,
     SEPARATOR,
     TEMPLATE,
-    Mapping,
+    Labelling,
     draw_assignment,
     draw_sentence,
-    pick,
     vocabulary,
 )
 from iclgd_lens.models.bundled.learner import build_learner
@@ -82,7 +82,7 @@ def draw_batch(rng: random.Random, size: int) -> Int[Tensor, "batch pos"]:
 
 
 def _draw_text(rng: random.Random) -> str:
-    mapping: Mapping = "natural" if rng.random() < NATURAL_SHARE else "remapped"
+    mapping: Labelling = "natural" if rng.random() < NATURAL_SHARE else "remapped"
     assignment = draw_assignment(rng, n_classes=pick(rng, CLASS_COUNTS), mapping=mapping)
     classes = [pick(rng, range(len(assignment.topics))) for _ in range(EXAMPLES)]
     examples = (

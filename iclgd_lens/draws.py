@@ -1,0 +1,23 @@
+"""Random draws that are the same on every machine.
+
+They go through `random.Random.random`, the one method whose stream Python promises to keep for a given seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
+    """Return the items in random order."""
+    keys = [rng.random() for _ in items]
+    return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+def pick(rng: random.Random, items: Sequence[T]) -> T:
+    """Return one item, each as likely as another."""
+    return items[int(rng.random() * len(items))]
