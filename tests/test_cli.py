@@ -44,8 +44,8 @@ def test_demo_repeats_with_the_same_seed_and_changes_with_another(tmp_path):
         (["--k", "40"], "16 would fit"),
         (["--lr", "1e30"], "use a smaller learning rate"),
         (["--readout", "labels"], "needs loss_on='label'"),
-        (["--queries", "0"], "is not in the range"),
-        (["--episodes", "0"], "is not in the range"),
+        (["--queries", "0"], "Invalid value for '--queries'"),
+        (["--episodes", "0"], "Invalid value for '--episodes'"),
         (["--k", "many"], "number of demonstrations or 'fit'"),
     ],
 )
