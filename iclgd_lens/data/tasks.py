@@ -12,10 +12,7 @@ The same seed gives the same episode on every machine: all draws go through `ran
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode, how_many_fit, require_fit
 from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query
+from iclgd_lens.data.rows import Example, checked_examples, read_csv, read_jsonl
 from iclgd_lens.draws import pick, shuffled
 from iclgd_lens.models.bundled import language
 
@@ -37,14 +35,6 @@ MOST_DEMONSTRATIONS = 32
 """How many demonstrations `k="fit"` draws before it keeps those that fit; the paper's number."""
 
 Labels = Mapping[Any, str] | Sequence[str]
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row of a task: its text fields by name, and its class index."""
-
-    fields: dict[str, str]
-    label: int
 
 
 @dataclass(frozen=True)
@@ -145,13 +135,13 @@ class Task:
         prompt_format = PromptFormat(template, separator)
         table = dict(labels.items() if isinstance(labels, Mapping) else enumerate(labels))
         label_words = tuple(table.values())
-        pool = _examples(rows, name, prompt_format, table, label_column)
+        pool = checked_examples(rows, name, prompt_format, table, label_column)
         query_pool = (
             None
             if query_rows is None
             else shuffled(
                 random.Random(f"{name}/queries"),
-                _examples(query_rows, f"{name} (queries)", prompt_format, table, label_column),
+                checked_examples(query_rows, f"{name} (queries)", prompt_format, table, label_column),
             )
         )
 
@@ -175,7 +165,7 @@ class Task:
             FileNotFoundError: If there is no such file.
             ValueError: As `from_rows`.
         """
-        return cls._from_files(path, query_path, _read_csv, options)
+        return cls._from_files(path, query_path, read_csv, options)
 
     @classmethod
     def from_jsonl(cls, path: str | Path, *, query_path: str | Path | None = None, **options: Any) -> Task:
@@ -186,7 +176,7 @@ class Task:
             FileNotFoundError: If there is no such file.
             ValueError: As `from_rows`, or if a line is not a JSON object.
         """
-        return cls._from_files(path, query_path, _read_jsonl, options)
+        return cls._from_files(path, query_path, read_jsonl, options)
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset, *, name: str, queries: datasets.Dataset | None = None, **options: Any) -> Task:
@@ -276,61 +266,3 @@ def load_task(name: str) -> Task:
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"unknown task {name!r}{hint} Known tasks: {', '.join(TASKS)}")
     return TASKS[name]()
-
-
-def _examples(
-    rows: Iterable[Mapping[str, Any]], source: str, prompt_format: PromptFormat, table: dict[Any, str], label_column: str
-) -> list[Example]:
-    """Check rows one by one and turn them into examples."""
-    # By text, since a CSV file has no numbers: its "1" is the label 1.
-    class_of = {str(value): index for index, value in enumerate(table)}
-    examples = []
-    for number, row in enumerate(rows, start=1):
-        for column in (*prompt_format.fields, label_column):
-            if column not in row:
-                raise ValueError(f"{source}, row {number}: no column {column!r}; it has {', '.join(map(str, row))}")
-            if row[column] is None or row[column] != row[column]:  # NaN, as tables write what is missing
-                raise ValueError(f"{source}, row {number}: the value in column {column!r} is missing")
-        fields = {column: str(row[column]).strip() for column in prompt_format.fields}
-        empty = [column for column, text in fields.items() if not text]
-        if empty:
-            raise ValueError(f"{source}, row {number}: the text in column {empty[0]!r} is empty")
-        label = class_of.get(str(row[label_column]).strip())
-        if label is None:
-            raise ValueError(
-                f"{source}, row {number}: unknown label {row[label_column]!r} in column {label_column!r}; "
-                f"known: {', '.join(map(repr, table))}"
-            )
-        examples.append(Example(fields, label))
-    if not examples:
-        raise ValueError(f"{source} has no rows")
-    return examples
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be read; save it as UTF-8") from error
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    try:
-        return list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
-    except csv.Error as error:
-        raise ValueError(f"{path} cannot be read as CSV: {error}") from error
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-        rows.append(row)
-    return rows

@@ -8,8 +8,7 @@ seen by weights already updated on 1 … j−1 (Deutch et al. 2024, section 3.1 
   unembedding and has its own loss, and the losses are summed (section 3.2). So layer ℓ's update depends on layers ≤ ℓ only,
   as the change that demonstrations make in-context does.
 
-No weight is touched and no gradient of a weight is formed by autograd: hooks read the projections' inputs xᵢ and the gradients
-gᵢ at their outputs, which is all there is to know, since ∂loss/∂W = Σᵢ xᵢ ⊗ gᵢ. For LCGD the gradient of a block is taken
+No weight is touched, and no gradient of a weight is formed by autograd (`backward.py`). For LCGD the gradient of a block is taken
 inside the hook at its output and the block's graph dropped before the next one runs, so memory is one block's, whatever the
 depth.
 
@@ -26,9 +25,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +40,8 @@ from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import read_out
-from iclgd_lens.models.sites import HookSites, NamedHook, warn_if_processed
+from iclgd_lens.models.sites import HookSites, warn_if_processed
+from iclgd_lens.updates.backward import Gradients, Loss, layer_causal_gradients, output_gradients
 from iclgd_lens.updates.dual import LossOn, ParameterUpdate, Readout, Schedule, UpdateSettings
 from iclgd_lens.updates.inject import Parameter, injection_hooks
 
@@ -86,7 +85,7 @@ def gd(
             window, or the update becomes non-finite (the message names the demonstration and the layer).
     """
     settings = _settings("gd", lr, loss_on, readout, schedule, epochs, parameters)
-    return _descend(model, demonstrations, settings, label_tokens, _gd_gradients)
+    return _descend(model, demonstrations, settings, label_tokens, output_gradients)
 
 
 def lcgd(
@@ -106,20 +105,7 @@ def lcgd(
     Arguments, return value and errors are those of `gd`. The last layer's first step is `gd`'s.
     """
     settings = _settings("lcgd", lr, loss_on, readout, schedule, epochs, parameters)
-    return _descend(model, demonstrations, settings, label_tokens, _lcgd_gradients)
-
-
-@dataclass(frozen=True, eq=False)
-class _Gradients:
-    """What one demonstration's loss says about every layer: xᵢ, and gᵢ = ∂loss/∂output at keys and values, None if untrained."""
-
-    inputs: list[Float[Tensor, "pos d_model"]]
-    keys: list[Float[Tensor, "pos kv_head d_head"]] | None
-    values: list[Float[Tensor, "pos kv_head d_head"]] | None
-    loss: Float[Tensor, ""]
-
-
-Loss = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, ""]]
+    return _descend(model, demonstrations, settings, label_tokens, layer_causal_gradients)
 
 
 def _descend(
@@ -127,7 +113,7 @@ def _descend(
     demonstrations: Sequence[Demonstration],
     settings: UpdateSettings,
     label_tokens: Sequence[Int[Tensor, "label_pos"]] | None,
-    gradients_of: Callable[..., _Gradients],
+    gradients_of: Callable[..., Gradients],
 ) -> ParameterUpdate:
     """Plain SGD over the demonstrations, gradients from `gradients_of`."""
     sites = HookSites.of(model)
@@ -139,7 +125,7 @@ def _descend(
         # Online, a gradient changes what the next demonstration meets; in a batch it waits for the end of the epoch.
         online = settings.schedule == "online"
         pending = running if online else {name: torch.zeros_like(delta) for name, delta in running.items()}
-        steps: list[_Gradients] = []
+        steps: list[Gradients] = []
         norms: list[Float[Tensor, "layer"]] = []
         for _ in range(settings.epochs):
             for number, demonstration in enumerate(demonstrations):
@@ -153,109 +139,6 @@ def _descend(
             if not online:
                 _apply(pending, running)
         return _in_dual_form(sites, demonstrations, settings, steps, norms)
-
-
-def _gd_gradients(
-    sites: HookSites, tokens: Int[Tensor, "pos"], injected: list[NamedHook], loss: Loss, parameters: tuple[Parameter, ...]
-) -> _Gradients:
-    """One forward and one backward pass, from the loss at the output down to the first layer's keys and values."""
-    recorder = _Recorder(sites, parameters)
-    final: list[Tensor] = []
-    hooks = [*injected]
-    for layer in range(sites.n_layers):
-        # Below the first layer nothing is trained: its projections are leaves, where backward stops.
-        hooks += recorder.hooks(layer, cut=layer == 0)
-    hooks.append((sites.residual_out[-1], lambda residual, hook: final.append(residual)))
-    _run(sites, tokens, hooks)
-    value = loss(final[0])
-    return recorder.gradients([_gradients(value, recorder.outputs())], value)
-
-
-def _lcgd_gradients(
-    sites: HookSites, tokens: Int[Tensor, "pos"], injected: list[NamedHook], loss: Loss, parameters: tuple[Parameter, ...]
-) -> _Gradients:
-    """One forward pass; inside the hook at every block's output, that block's loss and its gradient."""
-    recorder = _Recorder(sites, parameters)
-    values: list[Float[Tensor, ""]] = []
-    found: list[tuple[Tensor, ...]] = []
-
-    def take(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
-        value = loss(residual)
-        found.append(_gradients(value, recorder.outputs()))
-        recorder.forget_outputs()
-        values.append(value.detach())
-        return residual.detach()
-
-    hooks = [*injected]
-    for layer in range(sites.n_layers):
-        hooks += recorder.hooks(layer, cut=True)
-        hooks.append((sites.residual_out[layer], take))
-    # The first block's input is the embedding, whose weights may ask for gradients too.
-    hooks.insert(0, (sites.residual_in[0], lambda residual, hook: residual.detach()))
-    _run(sites, tokens, hooks)
-    return recorder.gradients(found, torch.stack(values).sum())
-
-
-def _gradients(value: Float[Tensor, ""], outputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a loss; zero for what it does not depend on, as when a hook of the user's ablates an attention layer."""
-    if not value.requires_grad:
-        return tuple(torch.zeros_like(output) for output in outputs)
-    return torch.autograd.grad(value, outputs, allow_unused=True, materialize_grads=True)
-
-
-class _Recorder:
-    """Reads, layer by layer, the projections' inputs, and holds their outputs until their gradients are taken."""
-
-    def __init__(self, sites: HookSites, parameters: tuple[Parameter, ...]) -> None:
-        self.sites = sites
-        self.trains_keys = bool({"W_K", "b_K"} & set(parameters))
-        self.trains_values = bool({"W_V", "b_V"} & set(parameters))
-        self._inputs: dict[int, Tensor] = {}
-        self._outputs: list[Tensor] = []
-
-    def hooks(self, layer: int, *, cut: bool) -> list[NamedHook]:
-        """Hooks that record one layer; with `cut`, its projections' outputs become leaves of the graph."""
-
-        def record_input(projection_in: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-            self._inputs[layer] = self.sites.project_from(layer, projection_in).detach()[0]
-
-        def record_output(projected: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> Tensor:
-            if cut:
-                projected = projected.detach().requires_grad_()
-            self._outputs.append(projected)
-            return projected
-
-        hooks: list[NamedHook] = [(self.sites.projection_in[layer], record_input)]
-        if self.trains_keys:
-            hooks.append((self.sites.keys[layer], record_output))
-        if self.trains_values:
-            hooks.append((self.sites.values[layer], record_output))
-        return hooks
-
-    def outputs(self) -> list[Tensor]:
-        """The projections' outputs seen since they were last forgotten: keys and values of each layer, in order."""
-        return self._outputs
-
-    def forget_outputs(self) -> None:
-        """Let go of the outputs, and with them of the graph behind them."""
-        self._outputs = []
-
-    def gradients(self, found: Sequence[tuple[Tensor, ...]], loss: Tensor) -> _Gradients:
-        """Sort gradients, given in the order of `outputs`, into keys and values."""
-        flat = [gradient[0] for gradients in found for gradient in gradients]
-        n_kinds = self.trains_keys + self.trains_values
-        return _Gradients(
-            inputs=[self._inputs[layer] for layer in range(self.sites.n_layers)],
-            keys=flat[::n_kinds] if self.trains_keys else None,
-            values=flat[n_kinds - 1 :: n_kinds] if self.trains_values else None,
-            loss=loss.detach(),
-        )
-
-
-def _run(sites: HookSites, tokens: Int[Tensor, "pos"], hooks: list[NamedHook]) -> None:
-    # The mask is given, all ones: without it TransformerLens may take separators for padding.
-    with sites.attach(hooks):
-        sites.model(tokens[None], attention_mask=torch.ones_like(tokens[None]), return_type=None)
 
 
 def _loss(
@@ -287,7 +170,7 @@ def _zero_deltas(sites: HookSites, parameters: tuple[Parameter, ...]) -> dict[st
     }
 
 
-def _accumulate(found: _Gradients, pending: dict[str, Tensor], lr: float) -> Float[Tensor, "layer"]:
+def _accumulate(found: Gradients, pending: dict[str, Tensor], lr: float) -> Float[Tensor, "layer"]:
     """Add −lr times a demonstration's gradient to the pending change; return the gradient's norm per layer."""
     squares = []
     for layer, inputs in enumerate(found.inputs):
@@ -318,7 +201,7 @@ def _in_dual_form(
     sites: HookSites,
     demonstrations: Sequence[Demonstration],
     settings: UpdateSettings,
-    steps: list[_Gradients],
+    steps: list[Gradients],
     norms: list[Float[Tensor, "layer"]],
 ) -> ParameterUpdate:
     def errors(kind: Literal["keys", "values"]) -> Float[Tensor, "layer token kv_head d_head"]:
@@ -373,6 +256,8 @@ def _settings(
     for name, given, allowed in (("loss_on", loss_on, LossOn), ("readout", readout, Readout), ("schedule", schedule, Schedule)):
         if given not in get_args(allowed):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(allowed)))}; got {given!r}")
+    if readout == "labels" and loss_on != "label":
+        raise ValueError("readout='labels' reads label tokens alone, so it needs loss_on='label'")
     if not isinstance(lr, Real) or not math.isfinite(lr) or lr < 0:
         raise ValueError(f"lr must be a number, finite and not negative; got {lr!r}")
     if not isinstance(epochs, Integral) or epochs < 1:
@@ -401,8 +286,6 @@ def _check(
             )
     if settings.readout == "vocab":
         return None
-    if settings.loss_on != "label":
-        raise ValueError("readout='labels' reads label tokens alone, so it needs loss_on='label'")
     if not label_tokens:
         raise ValueError("readout='labels' needs label_tokens, the tokens of every label word (episode.label_tokens)")
     columns = torch.cat(list(label_tokens)).unique(sorted=True)

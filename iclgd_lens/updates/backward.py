@@ -1,0 +1,134 @@
+"""What one demonstration's loss says about every layer: the projections' inputs, and the gradients at their outputs.
+
+For a linear map that is all there is to know: ∂loss/∂W = Σᵢ xᵢ ⊗ gᵢ over the demonstration's tokens. Hooks read the inputs and keep
+hold of the outputs; no gradient of a weight is formed, and backward goes no further than the lowest output that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.updates.inject import Parameter
+
+Loss = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, ""]]
+"""A loss in nats of the residual stream, at the output or at any layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What one demonstration's loss says about every layer: xᵢ, and gᵢ = ∂loss/∂output at keys and values, None if untrained."""
+
+    inputs: list[Float[Tensor, "pos d_model"]]
+    keys: list[Float[Tensor, "pos kv_head d_head"]] | None
+    values: list[Float[Tensor, "pos kv_head d_head"]] | None
+    loss: Float[Tensor, ""]
+
+
+def output_gradients(
+    sites: HookSites, tokens: Int[Tensor, "pos"], injected: list[NamedHook], loss: Loss, parameters: tuple[Parameter, ...]
+) -> Gradients:
+    """One forward and one backward pass, from the loss at the output down to the first layer's keys and values."""
+    recorder = _Recorder(sites, parameters)
+    final: list[Tensor] = []
+    hooks = [*injected]
+    for layer in range(sites.n_layers):
+        # Below the first layer nothing is trained: its projections are leaves, where backward stops.
+        hooks += recorder.hooks(layer, cut=layer == 0)
+    hooks.append((sites.residual_out[-1], lambda residual, hook: final.append(residual)))
+    _run(sites, tokens, hooks)
+    value = loss(final[0])
+    return recorder.gradients([_gradients(value, recorder.outputs())], value)
+
+
+def layer_causal_gradients(
+    sites: HookSites, tokens: Int[Tensor, "pos"], injected: list[NamedHook], loss: Loss, parameters: tuple[Parameter, ...]
+) -> Gradients:
+    """One forward pass; inside the hook at every block's output, that block's loss and its gradient."""
+    recorder = _Recorder(sites, parameters)
+    values: list[Float[Tensor, ""]] = []
+    found: list[tuple[Tensor, ...]] = []
+
+    def take(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+        value = loss(residual)
+        found.append(_gradients(value, recorder.outputs()))
+        recorder.forget_outputs()
+        values.append(value.detach())
+        return residual.detach()
+
+    hooks = [*injected]
+    for layer in range(sites.n_layers):
+        hooks += recorder.hooks(layer, cut=True)
+        hooks.append((sites.residual_out[layer], take))
+    # The first block's input is the embedding, whose weights may ask for gradients too.
+    hooks.insert(0, (sites.residual_in[0], lambda residual, hook: residual.detach()))
+    _run(sites, tokens, hooks)
+    return recorder.gradients(found, torch.stack(values).sum())
+
+
+def _gradients(value: Float[Tensor, ""], outputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a loss; zero for what it does not depend on, as when a hook of the user's ablates an attention layer."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(output) for output in outputs)
+    return torch.autograd.grad(value, outputs, allow_unused=True, materialize_grads=True)
+
+
+class _Recorder:
+    """Reads, layer by layer, the projections' inputs, and holds their outputs until their gradients are taken."""
+
+    def __init__(self, sites: HookSites, parameters: tuple[Parameter, ...]) -> None:
+        self.sites = sites
+        self.trains_keys = bool({"W_K", "b_K"} & set(parameters))
+        self.trains_values = bool({"W_V", "b_V"} & set(parameters))
+        self._inputs: dict[int, Tensor] = {}
+        self._outputs: list[Tensor] = []
+
+    def hooks(self, layer: int, *, cut: bool) -> list[NamedHook]:
+        """Hooks that record one layer; with `cut`, its projections' outputs become leaves of the graph."""
+
+        def record_input(projection_in: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+            self._inputs[layer] = self.sites.project_from(layer, projection_in).detach()[0]
+
+        def record_output(projected: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> Tensor:
+            if cut:
+                projected = projected.detach().requires_grad_()
+            self._outputs.append(projected)
+            return projected
+
+        hooks: list[NamedHook] = [(self.sites.projection_in[layer], record_input)]
+        if self.trains_keys:
+            hooks.append((self.sites.keys[layer], record_output))
+        if self.trains_values:
+            hooks.append((self.sites.values[layer], record_output))
+        return hooks
+
+    def outputs(self) -> list[Tensor]:
+        """The projections' outputs seen since they were last forgotten: keys and values of each layer, in order."""
+        return self._outputs
+
+    def forget_outputs(self) -> None:
+        """Let go of the outputs, and with them of the graph behind them."""
+        self._outputs = []
+
+    def gradients(self, found: Sequence[tuple[Tensor, ...]], loss: Tensor) -> Gradients:
+        """Sort gradients, given in the order of `outputs`, into keys and values."""
+        flat = [gradient[0] for gradients in found for gradient in gradients]
+        n_kinds = self.trains_keys + self.trains_values
+        return Gradients(
+            inputs=[self._inputs[layer] for layer in range(self.sites.n_layers)],
+            keys=flat[::n_kinds] if self.trains_keys else None,
+            values=flat[n_kinds - 1 :: n_kinds] if self.trains_values else None,
+            loss=loss.detach(),
+        )
+
+
+def _run(sites: HookSites, tokens: Int[Tensor, "pos"], hooks: list[NamedHook]) -> None:
+    # The mask is given, all ones: without it TransformerLens may take separators for padding.
+    with sites.attach(hooks):
+        sites.model(tokens[None], attention_mask=torch.ones_like(tokens[None]), return_type=None)
