@@ -68,6 +68,13 @@ def test_the_verdict_names_a_method_only_where_its_interval_is_above_the_twin(fr
     assert "No method measurably exceeds" in verdict(shifted(shifted(frame, -5, "gd"), -5, "lcgd"))
 
 
+def test_a_method_above_its_twin_on_average_only_is_not_named(frame: pd.DataFrame):
+    spread = shifted(shifted(frame, -5, "gd"), 1, "lcgd")
+    one_episode = (spread["seed"] == 0) & (spread["model"] == "trained") & (spread["method"] == "lcgd")
+    spread.loc[one_episode, "value"] += 100
+    assert "No method measurably exceeds" in verdict(spread)
+
+
 def test_the_verdict_of_one_episode_claims_nothing(frame: pd.DataFrame):
     text = verdict(frame[frame["seed"] == 0])
     assert "over 1 episode:" in text
