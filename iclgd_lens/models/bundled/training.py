@@ -4,6 +4,9 @@ Each training sequence is one episode of the bundled language: 17 examples after
 from i demonstrations, for i = 0 … 16, all in one forward pass. In 40 % of the episodes the labels are natural and in the
 rest remapped; most episodes have two classes, some three or four. The loss is the cross-entropy of the label words plus a
 tenth of that of all other tokens. Optimiser: AdamW, peak learning rate 2e-3, one-cycle schedule, batches of 48.
+
+Learning in context comes suddenly, at a step that depends on the seed, and not every seed gets there in time: seed 0, which made
+the shipped weights, does; seed 1 does not. `iclgd train-bundled` measures what came out.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ OTHER_TOKENS_WEIGHT = 0.1
 def train_bundled(
     *, steps: int = STEPS, seed: int = 0, device: str = "cpu", on_step: Callable[[int, float], None] | None = None
 ) -> HookedTransformer:
-    """Train the bundled learner from scratch; about eight minutes on two cores.
+    """Train the bundled learner from scratch; about ten minutes on two cores.
 
     Args:
         steps: Optimiser steps.
