@@ -220,8 +220,7 @@ def bundled_task(mapping: language.Labelling, n_classes: int = 2) -> Task:
     """
     if mapping not in get_args(language.Labelling):
         raise ValueError(f"mapping must be one of {', '.join(map(repr, get_args(language.Labelling)))}; got {mapping!r}")
-    if not 2 <= n_classes <= len(language.TOPIC_WORDS):
-        raise ValueError(f"n_classes must be between 2 and {len(language.TOPIC_WORDS)}, got {n_classes}")
+    language.require_n_classes(n_classes)
     name = f"bundled/{mapping}" + ("" if n_classes == 2 else f"-{n_classes}")
 
     def draw(k: int, n_queries: int, seed: int) -> Draw:

@@ -141,11 +141,12 @@ class ParameterUpdate:
                 f"this update belongs to another model: it was made on one with fingerprint {self.fingerprint}, and this one "
                 f"has {found} (other weights, another shape or another dtype)"
             )
+        device, dtype = model.cfg.device, model.cfg.dtype
         stacked: dict[str, Tensor] = {
-            name: torch.stack([self._flat_delta(name, layer).to(model.cfg.dtype) for layer in range(len(self.inputs))])
+            name: torch.stack([self._flat_delta(name, layer).to(device, dtype) for layer in range(len(self.inputs))])
             for name in self.settings.parameters
         }
-        return injection_hooks(HookSites.of(model), {name: delta.to(model.cfg.device) for name, delta in stacked.items()})
+        return injection_hooks(HookSites.of(model), stacked)
 
     @contextmanager
     def attached(self, model: HookedTransformer) -> Iterator[HookedTransformer]:

@@ -131,6 +131,16 @@ class Assignment:
     label_words: tuple[str, ...]
 
 
+def require_n_classes(n_classes: int) -> None:
+    """Check that an episode can have so many topics.
+
+    Raises:
+        ValueError: If `n_classes` is not between 2 and the number of topics.
+    """
+    if not 2 <= n_classes <= len(TOPIC_WORDS):
+        raise ValueError(f"n_classes must be between 2 and {len(TOPIC_WORDS)}, got {n_classes}")
+
+
 def draw_assignment(rng: random.Random, *, n_classes: int, mapping: Labelling) -> Assignment:
     """Draw the topics of an episode and their label words.
 
@@ -143,8 +153,7 @@ def draw_assignment(rng: random.Random, *, n_classes: int, mapping: Labelling) -
     Raises:
         ValueError: If `n_classes` is not between 2 and the number of topics.
     """
-    if not 2 <= n_classes <= len(TOPIC_WORDS):
-        raise ValueError(f"n_classes must be between 2 and {len(TOPIC_WORDS)}, got {n_classes}")
+    require_n_classes(n_classes)
     topics = tuple(shuffled(rng, list(TOPIC_WORDS))[:n_classes])
     labels = topics if mapping == "natural" else tuple(shuffled(rng, LABEL_POOL)[:n_classes])
     return Assignment(topics, labels)
