@@ -1,6 +1,8 @@
+from .data.bundled import bundled_task
 from .data.episodes import Episode
 from .data.prompts import Demonstration, PromptFormat, Query
-from .data.tasks import Task, bundled_task, load_task
+from .data.registry import load_task, register_task, task_names
+from .data.tasks import Task
 from .experiments.compare import Comparison, compare
 from .experiments.results import paired_difference, summarise
 from .metrics.agreement import accuracy, correct, rec2ftp
@@ -34,10 +36,12 @@ __all__ = [
     "paired_difference",
     "random_update",
     "rec2ftp",
+    "register_task",
     "sim_am",
     "sim_am_delta",
     "sim_aou",
     "sim_aou_norm",
     "summarise",
+    "task_names",
     "untrained_twin",
 ]

@@ -65,7 +65,7 @@ def demo(
             import pandas as pd
             import torch
 
-            from iclgd_lens.data.tasks import load_task
+            from iclgd_lens.data.registry import load_task
             from iclgd_lens.experiments.compare import compare, n_runs
             from iclgd_lens.experiments.results import write_frame
             from iclgd_lens.models.loading import load_model

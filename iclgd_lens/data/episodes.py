@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ from iclgd_lens.data.prompts import Demonstration, Query
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """One draw of a task: the same demonstrations for all queries.
+    """One draw of a task: the same demonstrations, in one order, for all queries.
 
     Attributes:
         task: The task's name.
@@ -22,6 +24,7 @@ class Episode:
         queries: In draw order.
         label_words: One word per class.
         label_tokens: The tokens of each label word, one `[label_pos]` tensor per class.
+        order: Which order of these demonstrations it is; 0 is that of the draw.
     """
 
     task: str
@@ -30,11 +33,22 @@ class Episode:
     queries: tuple[Query, ...]
     label_words: tuple[str, ...]
     label_tokens: tuple[Int[Tensor, "label_pos"], ...]
+    order: int = 0
 
     @property
     def k(self) -> int:
         """The number of demonstrations."""
         return len(self.demonstrations)
+
+    @property
+    def digest(self) -> str:
+        """What a model sees of it, in 16 hex digits: equal for equal tokens and gold labels in equal order."""
+        parts = [
+            *((d.tokens.tolist(), d.n_label_tokens, d.separator.tolist()) for d in self.demonstrations),
+            *((q.tokens.tolist(), q.label) for q in self.queries),
+            [tokens.tolist() for tokens in self.label_tokens],
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def how_many_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query], n_ctx: int) -> int:

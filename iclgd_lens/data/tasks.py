@@ -1,25 +1,26 @@
 """Tasks: text classification as a source of episodes.
 
 A task knows its rows, its prompt format and its label words, and draws an *episode* for a model: k demonstrations and some
-queries, tokenised. Bundled tasks make their rows; others read them from a CSV or JSON-lines file or any `datasets.Dataset`.
-The same seed gives the same episode on every machine: all draws go through `random.Random.random`, seeded by a string.
+queries, tokenised. Its rows come from memory, from CSV or JSON-lines files or from any `datasets.Dataset`; tasks that are known by
+name are in `data/registry.py`. The same seed gives the same episode on every machine: all draws go through
+`random.Random.random`, seeded by a string.
 
 >>> from iclgd_lens.models.loading import load_model
->>> episode = load_task("bundled/remapped").episode(load_model("bundled"), k=4, n_queries=2, seed=0)
+>>> rows = [{"text": "lion bear", "label": 0}, {"text": "rain snow", "label": 1}] * 4
+>>> task = Task.from_rows(rows, name="mine", template="Words: {text} Label:", labels=["alpha", "beta"])
+>>> episode = task.episode(load_model("bundled"), k=4, n_queries=2, seed=0)
 >>> episode.k, len(episode.queries), len(episode.label_words)
 (4, 2, 2)
 """
 
 from __future__ import annotations
 
-import difflib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -28,13 +29,15 @@ from transformer_lens import HookedTransformer
 from iclgd_lens.data.episodes import Episode, how_many_fit, require_fit
 from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query
 from iclgd_lens.data.rows import Example, checked_examples, read_csv, read_jsonl
-from iclgd_lens.draws import pick, shuffled
-from iclgd_lens.models.bundled import language
+from iclgd_lens.draws import shuffled
 
 MOST_DEMONSTRATIONS = 32
 """How many demonstrations `k="fit"` draws before it keeps those that fit; the paper's number."""
 
 Labels = Mapping[Any, str] | Sequence[str]
+
+Drawing = Callable[[int, int, int], "Draw"]
+"""`(k, n_queries, seed) -> Draw`: at most k demonstrations and at most `n_queries` queries."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,26 @@ class Task:
     Attributes:
         name: What results are filed under.
         format: How rows are written as prompts.
-        draw: `(k, n_queries, seed) -> Draw`: at most k demonstrations and at most `n_queries` queries.
+        draw: Draws demonstrations and queries.
         most: How many demonstrations `k="fit"` draws before it keeps those that fit.
+        draw_to_tune: The same with queries that no episode is reported on; None where every seed has queries of its own.
     """
 
     name: str
     format: PromptFormat
-    draw: Callable[[int, int, int], Draw]
+    draw: Drawing
     most: int = MOST_DEMONSTRATIONS
+    draw_to_tune: Drawing | None = None
 
-    def episode(self, model: HookedTransformer, k: int | Literal["fit"] = 12, n_queries: int = 64, seed: int = 0) -> Episode:
+    def for_tuning(self) -> Task:
+        """The task to choose options on, such as a learning rate: where all episodes share a split of queries, its queries come
+        from the rows of the demonstrations instead. Take other seeds than those that are reported, too.
+        """
+        return replace(self, draw=self.draw_to_tune or self.draw)
+
+    def episode(
+        self, model: HookedTransformer, k: int | Literal["fit"] = 12, n_queries: int = 64, seed: int = 0, order: int = 0
+    ) -> Episode:
         """Draw an episode and tokenise it for a model.
 
         Args:
@@ -70,15 +83,18 @@ class Task:
             k: The number of demonstrations, or `"fit"`: up to `most`, as many as fit the context window with the longest query.
             n_queries: The number of queries, at most; a file may hold fewer.
             seed: Seeds the draw.
+            order: 0 for the demonstrations in the order in which they were drawn, 1, 2, … for the same in other orders.
 
         Raises:
-            ValueError: If k or `n_queries` is below 1, the task has too few rows, the model has no tokenizer, the label words
-                collide under it, or the prompts are longer than the context window (the message says how many would fit).
+            ValueError: If k or `n_queries` is below 1 or `order` below 0, the task has too few rows, the model has no tokenizer,
+                the label words collide under it, or the prompts are longer than the context window (the message says how many would fit).
         """
         if k != "fit" and (not isinstance(k, Integral) or k < 1):
             raise ValueError(f"k must be a number of demonstrations, at least 1, or 'fit'; got {k!r}")
         if not isinstance(n_queries, Integral) or n_queries < 1:
             raise ValueError(f"n_queries must be at least 1, got {n_queries!r}")
+        if not isinstance(order, Integral) or order < 0:
+            raise ValueError(f"order must be a number, 0 for the order of the draw; got {order!r}")
         tokenizer = model.tokenizer
         if tokenizer is None:
             raise ValueError("the model has no tokenizer; give it one with model.set_tokenizer(...)")
@@ -100,7 +116,9 @@ class Task:
         if k == "fit":
             demonstrations = demonstrations[: max(1, how_many_fit(demonstrations, queries, model.cfg.n_ctx))]
         require_fit(demonstrations, queries, model.cfg.n_ctx)
-        return Episode(self.name, seed, demonstrations, queries, drawn.label_words, label_tokens)
+        if order:
+            demonstrations = tuple(shuffled(random.Random(f"{self.name}/{seed}/order/{order}"), demonstrations))
+        return Episode(self.name, seed, demonstrations, queries, drawn.label_words, label_tokens, order)
 
     @classmethod
     def from_rows(
@@ -113,6 +131,7 @@ class Task:
         label_column: str = "label",
         separator: str = "{eos}",
         query_rows: Iterable[Mapping[str, Any]] | None = None,
+        sources: tuple[str, str] | None = None,
     ) -> Task:
         """Make a task from rows in memory; `from_csv`, `from_jsonl` and `from_dataset` read theirs and come here.
 
@@ -127,6 +146,7 @@ class Task:
             label_column: Which column holds the label.
             separator: What stands between demonstrations; `{eos}` is the tokenizer's end-of-text token.
             query_rows: A split of its own for queries.
+            sources: What messages call the rows and the query rows; by default the task's name.
 
         Raises:
             ValueError: If a row lacks a column, has an unknown label or an empty text (the message names the row, counted
@@ -135,26 +155,28 @@ class Task:
         prompt_format = PromptFormat(template, separator)
         table = dict(labels.items() if isinstance(labels, Mapping) else enumerate(labels))
         label_words = tuple(table.values())
-        pool = checked_examples(rows, name, prompt_format, table, label_column)
-        query_pool = (
-            None
-            if query_rows is None
-            else shuffled(
-                random.Random(f"{name}/queries"),
-                checked_examples(query_rows, f"{name} (queries)", prompt_format, table, label_column),
-            )
-        )
+        source, query_source = sources or (name, f"{name} (queries)")
+        pool = checked_examples(rows, source, prompt_format, table, label_column)
 
-        def draw(k: int, n_queries: int, seed: int) -> Draw:
+        def draw_from_pool(k: int, n_queries: int, seed: int) -> Draw:
             order = shuffled(random.Random(f"{name}/{seed}"), pool)
-            queries = (order[k:] if query_pool is None else query_pool)[:n_queries]
+            queries = order[k:][:n_queries]
             if not queries:
                 raise ValueError(f"task {name!r} has {len(pool)} rows: after k={k} demonstrations none is left for queries")
             return Draw(label_words, tuple(order[:k]), tuple(queries))
 
-        # Without rows of their own, half of the rows at least are left for queries.
-        room = len(pool) if query_pool is not None else max(1, len(pool) // 2)
-        return cls(name, prompt_format, draw, most=min(MOST_DEMONSTRATIONS, room))
+        if query_rows is None:
+            # Half of the rows at least are left for queries.
+            return cls(name, prompt_format, draw_from_pool, most=min(MOST_DEMONSTRATIONS, max(1, len(pool) // 2)))
+        queries = shuffled(
+            random.Random(f"{name}/queries"), checked_examples(query_rows, query_source, prompt_format, table, label_column)
+        )
+
+        def draw(k: int, n_queries: int, seed: int) -> Draw:
+            order = shuffled(random.Random(f"{name}/{seed}"), pool)
+            return Draw(label_words, tuple(order[:k]), tuple(queries[:n_queries]))
+
+        return cls(name, prompt_format, draw, most=min(MOST_DEMONSTRATIONS, len(pool)), draw_to_tune=draw_from_pool)
 
     @classmethod
     def from_csv(cls, path: str | Path, *, query_path: str | Path | None = None, **options: Any) -> Task:
@@ -203,65 +225,3 @@ class Task:
         options.setdefault("name", Path(path).name)
         query_rows = None if query_path is None else read(Path(query_path))
         return cls.from_rows(read(Path(path)), query_rows=query_rows, **options)
-
-
-def bundled_task(mapping: language.Labelling, n_classes: int = 2) -> Task:
-    """Make a task of the bundled language, whose every episode has topics, label words and sentences of its own.
-
-    Demonstrations hold every class equally often, as near as k allows, and those for a smaller k are the first of those for a
-    larger one, with the same queries. A query's class is drawn at random.
-
-    Args:
-        mapping: `"natural"`: topics are labelled by their names; `"remapped"`: by words drawn at random.
-        n_classes: The number of topics in an episode, 2 to 16.
-
-    Raises:
-        ValueError: If `mapping` is unknown or `n_classes` out of range.
-    """
-    if mapping not in get_args(language.Labelling):
-        raise ValueError(f"mapping must be one of {', '.join(map(repr, get_args(language.Labelling)))}; got {mapping!r}")
-    language.require_n_classes(n_classes)
-    name = f"bundled/{mapping}" + ("" if n_classes == 2 else f"-{n_classes}")
-
-    def draw(k: int, n_queries: int, seed: int) -> Draw:
-        # A stream each, so that neither k nor the number of queries changes what is drawn for the other.
-        of_assignment, of_demonstrations, of_queries = (
-            random.Random(f"{name}/{seed}/{part}") for part in ("assignment", "demonstrations", "queries")
-        )
-        assignment = language.draw_assignment(of_assignment, n_classes=n_classes, mapping=mapping)
-
-        def example(rng: random.Random, label: int) -> Example:
-            return Example({"text": language.draw_sentence(rng, assignment.topics[label])}, label)
-
-        def demonstrations() -> Iterator[Example]:
-            while True:
-                for label in shuffled(of_demonstrations, range(n_classes)):
-                    yield example(of_demonstrations, label)
-
-        return Draw(
-            assignment.label_words,
-            tuple(islice(demonstrations(), k)),
-            tuple(example(of_queries, pick(of_queries, range(n_classes))) for _ in range(n_queries)),
-        )
-
-    return Task(name, PromptFormat(language.TEMPLATE, language.SEPARATOR), draw)
-
-
-TASKS: dict[str, Callable[[], Task]] = {
-    "bundled/remapped": lambda: bundled_task("remapped"),
-    "bundled/natural": lambda: bundled_task("natural"),
-}
-"""The tasks that `load_task` knows, by name."""
-
-
-def load_task(name: str) -> Task:
-    """Load a task by name.
-
-    Raises:
-        ValueError: If there is no such task; the message lists the known ones.
-    """
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"unknown task {name!r}{hint} Known tasks: {', '.join(TASKS)}")
-    return TASKS[name]()

@@ -11,7 +11,7 @@ from typing import get_args
 import pandas as pd
 from transformer_lens import HookedTransformer
 
-from iclgd_lens.data.tasks import bundled_task
+from iclgd_lens.data.bundled import bundled_task
 from iclgd_lens.metrics.agreement import accuracy
 from iclgd_lens.models.bundled.language import Labelling
 from iclgd_lens.models.untrained import untrained_twin

@@ -1,6 +1,6 @@
 """One comparison, whole: ZSL, ICL and FT by each method on one episode, on a model and on its untrained twin.
 
->>> from iclgd_lens.data.tasks import load_task
+>>> from iclgd_lens.data.registry import load_task
 >>> from iclgd_lens.models.loading import load_model
 >>> model = load_model("bundled")
 >>> episode = load_task("bundled/remapped").episode(model, k=4, n_queries=8, seed=0)

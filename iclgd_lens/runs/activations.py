@@ -3,7 +3,7 @@
 One function serves the three runs of the paper (Deutch et al. 2024, section 3.1): zero-shot (no context, no update),
 in-context (`context=`) and finetuned (`update=`). All are read at the last token of the query.
 
->>> from iclgd_lens.data.tasks import load_task
+>>> from iclgd_lens.data.registry import load_task
 >>> from iclgd_lens.models.loading import load_model
 >>> model = load_model("bundled")
 >>> episode = load_task("bundled/remapped").episode(model, k=12, n_queries=8, seed=0)

@@ -12,7 +12,7 @@ No weight is touched, and no gradient of a weight is formed by autograd (`backwa
 inside the hook at its output and the block's graph dropped before the next one runs, so memory is one block's, whatever the
 depth.
 
->>> from iclgd_lens.data.tasks import load_task
+>>> from iclgd_lens.data.registry import load_task
 >>> from iclgd_lens.models.loading import load_model
 >>> model = load_model("bundled")
 >>> episode = load_task("bundled/remapped").episode(model, k=4, n_queries=1, seed=0)

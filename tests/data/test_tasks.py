@@ -13,9 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
+from iclgd_lens.data.bundled import bundled_task
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Query, context_tokens
-from iclgd_lens.data.tasks import MOST_DEMONSTRATIONS, TASKS, Draw, Task, bundled_task, load_task
+from iclgd_lens.data.registry import BUNDLED_TASKS, load_task
+from iclgd_lens.data.tasks import MOST_DEMONSTRATIONS, Draw, Task
 from iclgd_lens.models.bundled.language import LABEL_POOL, NEUTRAL_LABELS, TOPIC_WORDS
 from iclgd_lens.models.bundled.learner import build_learner
 
@@ -48,14 +50,14 @@ def texts(model: HookedTransformer, examples) -> list[str]:
 # Draws
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", BUNDLED_TASKS)
 def test_the_same_seed_gives_the_same_tokens(model, name):
     first, again = (load_task(name).episode(model, k=12, n_queries=8, seed=3) for _ in range(2))
     assert tokens_of(first) == tokens_of(again)
     assert [e.label for e in (*first.demonstrations, *first.queries)] == [e.label for e in (*again.demonstrations, *again.queries)]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", BUNDLED_TASKS)
 def test_another_seed_gives_another_episode(model, name):
     drawn = {str(tokens_of(load_task(name).episode(model, k=2, n_queries=1, seed=seed))) for seed in range(20)}
     assert len(drawn) == 20
@@ -439,7 +441,7 @@ def test_a_prompt_longer_than_the_window_says_how_many_would_fit(model):
         load_task("bundled/remapped").episode(model, k=17, n_queries=1)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", BUNDLED_TASKS)
 def test_fit_gives_the_most_demonstrations_that_the_window_holds(model, name):
     episode = load_task(name).episode(model, k="fit", n_queries=4)
     assert longest_input(episode) <= model.cfg.n_ctx

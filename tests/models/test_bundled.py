@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
-from iclgd_lens.data.tasks import load_task
+from iclgd_lens.data.registry import load_task
 from iclgd_lens.draws import pick, shuffled
 from iclgd_lens.models.bundled import training
 from iclgd_lens.models.bundled.language import (
