@@ -3,7 +3,8 @@ from .data.episodes import Episode
 from .data.prompts import Demonstration, PromptFormat, Query
 from .data.registry import load_task, register_task, task_names
 from .data.tasks import Task
-from .experiments.compare import Comparison, compare
+from .experiments.compare import compare
+from .experiments.comparison import Comparison
 from .experiments.results import paired_difference, summarise
 from .metrics.agreement import accuracy, correct, rec2ftp
 from .metrics.controls import random_update

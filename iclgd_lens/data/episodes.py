@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Int
 from torch import Tensor
 
 from iclgd_lens.data.prompts import Demonstration, Query
+from iclgd_lens.draws import shuffled
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,13 @@ class Episode:
     def k(self) -> int:
         """The number of demonstrations."""
         return len(self.demonstrations)
+
+    def reordered(self, order: int) -> Episode:
+        """The same demonstrations in the order of this number, of those that the draw's seed has; for an episode in order 0."""
+        if not order:
+            return self
+        rng = random.Random(f"{self.task}/{self.seed}/order/{order}")
+        return replace(self, demonstrations=tuple(shuffled(rng, self.demonstrations)), order=order)
 
     @property
     def digest(self) -> str:

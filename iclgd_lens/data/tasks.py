@@ -87,7 +87,8 @@ class Task:
 
         Raises:
             ValueError: If k or `n_queries` is below 1 or `order` below 0, the task has too few rows, the model has no tokenizer,
-                the label words collide under it, or the prompts are longer than the context window (the message says how many would fit).
+                the label words collide under it, or the prompts are longer than the context window (the message says how many
+                would fit).
         """
         if k != "fit" and (not isinstance(k, Integral) or k < 1):
             raise ValueError(f"k must be a number of demonstrations, at least 1, or 'fit'; got {k!r}")
@@ -116,9 +117,7 @@ class Task:
         if k == "fit":
             demonstrations = demonstrations[: max(1, how_many_fit(demonstrations, queries, model.cfg.n_ctx))]
         require_fit(demonstrations, queries, model.cfg.n_ctx)
-        if order:
-            demonstrations = tuple(shuffled(random.Random(f"{self.name}/{seed}/order/{order}"), demonstrations))
-        return Episode(self.name, seed, demonstrations, queries, drawn.label_words, label_tokens, order)
+        return Episode(self.name, seed, demonstrations, queries, drawn.label_words, label_tokens).reordered(order)
 
     @classmethod
     def from_rows(

@@ -5,49 +5,48 @@
 >>> model = load_model("bundled")
 >>> episode = load_task("bundled/remapped").episode(model, k=4, n_queries=8, seed=0)
 >>> frame = compare(model, episode, lr=0.01).frame
->>> sorted(frame["metric"].unique())
-['accuracy', 'alpha_am', 'alpha_aou', 'rec2ftp', 'sim_am', 'sim_am_delta', 'sim_aou', 'sim_aou_norm']
+>>> [metric for metric in sorted(frame["metric"].unique()) if metric.startswith("sim")]
+['sim_am', 'sim_am_delta', 'sim_am_zsl', 'sim_aou', 'sim_aou_norm']
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
-import pandas as pd
-from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from iclgd_lens.data.controls import permuted, shuffled_labels
 from iclgd_lens.data.episodes import Episode
-from iclgd_lens.metrics.agreement import correct, rec2ftp
+from iclgd_lens.data.prompts import Demonstration
+from iclgd_lens.experiments.comparison import Comparison, Rows, source_columns
+from iclgd_lens.experiments.measure import gradient_rows, output_rows, query_rows, rec2ftp_rows, run_rows, similarity_rows
 from iclgd_lens.metrics.controls import random_update
-from iclgd_lens.metrics.similarity import alpha, sim_am, sim_am_delta, sim_aou, sim_aou_norm
 from iclgd_lens.runs.activations import Activations, Kept, capture
 from iclgd_lens.updates.dual import LossOn, ParameterUpdate, Readout, Schedule
 from iclgd_lens.updates.gradient import ALL_PARAMETERS, gd, lcgd
 from iclgd_lens.updates.inject import Parameter
+from iclgd_lens.updates.random_weights import random_weights
 
 Method = Literal["gd", "lcgd"]
 METHODS: dict[Method, Callable[..., ParameterUpdate]] = {"gd": gd, "lcgd": lcgd}
 
+Control = Literal["random", "random_weights", "shuffled_labels", "permuted", "other_task"]
+"""What may stand in the place of the true update, while in-context learning keeps the true demonstrations:
+
+- `"random"`: its effect on every vector is replaced by one in a random direction, of the same size (Dai et al. 2023);
+- `"random_weights"`: ΔW and Δb are random, of the same norm in every layer;
+- `"shuffled_labels"`: it is made on demonstrations whose labels were dealt out anew;
+- `"permuted"`: on the same demonstrations in another order;
+- `"other_task"`: on demonstrations of another task.
+
+A control that has nothing to change (one demonstration to permute, labels that are all alike) has no rows.
+"""
+CONTROLS: tuple[Control, ...] = get_args(Control)
+
 KEEP: tuple[Kept, ...] = ("attn_out", "query_scores", "label_log_probs")
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """What `compare` found.
-
-    Attributes:
-        frame: One row per model × method × control × metric × layer. Columns: `task`, `k`, `seed`, `n_queries` and the options
-            that the updates were made with say where a row comes from; `model` is `"trained"` or `"untrained"`; `method` is the
-            run that is described (`"zsl"`, `"icl"`, `"gd"`, `"lcgd"`); `control` is `"none"`, or `"random"` where the update's
-            effect was replaced by a random one of the same size; `metric` and `layer` (missing for metrics of the whole model);
-            `value` is the mean over queries and heads of the `n` defined values, `undefined` others being left out (for
-            `rec2ftp`, which is about the queries that finetuning corrects, those are the others).
-    """
-
-    frame: pd.DataFrame
 
 
 def compare(
@@ -57,12 +56,15 @@ def compare(
     *,
     lr: float | Mapping[str, float] = 0.01,
     untrained: HookedTransformer | None = None,
+    controls: Sequence[Control] = ("random",),
+    other: Episode | None = None,
     loss_on: LossOn = "demonstration",
     readout: Readout = "vocab",
     schedule: Schedule = "online",
     epochs: int = 1,
     parameters: Sequence[Parameter] = ALL_PARAMETERS,
     batch_size: int = 32,
+    called: str = "trained",
     on_run: Callable[[], None] | None = None,
 ) -> Comparison:
     """Compare what demonstrations do in-context with what gradient steps on them do.
@@ -73,100 +75,183 @@ def compare(
         methods: `"gd"`, `"lcgd"` or both; α needs both.
         lr: The step size, or one for each method: similarities depend on it.
         untrained: An untrained twin, which then goes through all the same (`untrained_twin(model)`).
+        controls: What else to put in the place of every update; see `Control`.
+        other: An episode of another task, for the control `"other_task"`.
         loss_on: As in `gd` and `lcgd`, as are `readout`, `schedule`, `epochs` and `parameters`.
         readout: See `loss_on`.
         schedule: See `loss_on`.
         epochs: See `loss_on`.
         parameters: See `loss_on`.
         batch_size: As in `capture`.
-        on_run: Called after every run, of which there are `n_runs(methods, untrained)`.
+        called: What the column `model` says of the model.
+        on_run: Called after every run, of which there are `n_runs(methods, controls, untrained)`, fewer if a control has nothing
+            to change.
 
     Raises:
-        ValueError: If a method is unknown or has no learning rate, or as `capture`, `gd` and `lcgd` do.
+        ValueError: If a method or control is unknown, a method has no learning rate, the control `"other_task"` has no other
+            episode, or as `capture`, `gd` and `lcgd` do.
     """
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown or not methods:
-        raise ValueError(f"methods must be some of {', '.join(METHODS)}; got {list(methods)}")
+    require_known("methods", methods, tuple(METHODS))
+    require_known("controls", controls, CONTROLS)
+    if not methods:
+        raise ValueError(f"methods must be some of {', '.join(METHODS)}; got none")
+    if "other_task" in controls and other is None:
+        raise ValueError("the control 'other_task' needs other=, an episode of another task")
     rates = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(map(str, methods), lr)
     if missing := [method for method in methods if method not in rates]:
         raise ValueError(f"lr names no learning rate for {missing[0]!r}; got {rates}")
     options: dict[str, Any] = {"loss_on": loss_on, "readout": readout, "schedule": schedule, "epochs": epochs}
-    tick = on_run or (lambda: None)
-
-    rows: list[dict[str, Any]] = []
-    for name, subject in {"trained": model, "untrained": untrained}.items():
-        if subject is None:
-            continue
-        runs = _run(subject, episode, methods, rates, {**options, "parameters": parameters}, batch_size, tick)
-        rows += [{"model": name, **row} for row in _measure(runs, methods, rates, episode.seed)]
-    frame = pd.DataFrame(rows)
-    source = {"task": episode.task, "k": episode.k, "seed": episode.seed, "n_queries": len(episode.queries)}
-    for column, value in reversed((source | options | {"parameters": " ".join(parameters)}).items()):
-        frame.insert(0, column, value)
-    return Comparison(frame.astype({"layer": "Int64"}))
+    options["parameters"] = tuple(parameters)
+    return Comparison.concatenated(
+        [
+            Reference.of(subject, episode, called=name, batch_size=batch_size, on_run=on_run).compare(
+                methods, rates, controls=controls, other=other, **options
+            )
+            for name, subject in ((called, model), ("untrained", untrained))
+            if subject is not None
+        ]
+    )
 
 
-def n_runs(methods: Sequence[Method], untrained: bool) -> int:
-    """How often `compare` calls `on_run`: zero-shot, in-context, and each method's update and run, for every model."""
-    return (2 + 2 * len(methods)) * (2 if untrained else 1)
+def n_runs(methods: Sequence[Method], controls: Sequence[Control] = ("random",), untrained: bool = False) -> int:
+    """How often `compare` calls `on_run`: zero-shot, in-context, and each method's updates and runs, for every model."""
+    updates = 1 + len(set(controls) - {"random"})
+    return (2 + 2 * updates * len(methods)) * (2 if untrained else 1)
 
 
-def _run(
-    model: HookedTransformer,
-    episode: Episode,
-    methods: Sequence[Method],
-    rates: dict[str, float],
-    options: dict[str, Any],
-    batch_size: int,
-    tick: Callable[[], None],
-) -> dict[str, Activations]:
-    def seen(**how: Any) -> Activations:
-        run = capture(model, episode.queries, keep=KEEP, batch_size=batch_size, **how)
-        tick()
-        return run
+def require_known(parameter: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Check that every name is known.
 
-    runs = {"zsl": seen(), "icl": seen(context=episode.demonstrations)}
-    for method in methods:
-        update = METHODS[method](model, episode.demonstrations, lr=rates[method], label_tokens=episode.label_tokens, **options)
-        tick()
-        runs[method] = seen(update=update)
-    return runs
+    Raises:
+        ValueError: If one is not, naming the parameter, the name and what is allowed.
+    """
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{parameter} must be some of {', '.join(known)}; got {unknown[0]!r}")
 
 
-def _measure(
-    runs: dict[str, Activations], methods: Sequence[Method], rates: dict[str, float], seed: int
-) -> Iterator[dict[str, Any]]:
-    zsl, icl = runs["zsl"], runs["icl"]
-    for name, run in runs.items():
-        yield from _rows("accuracy", correct(run), method=name, lr=rates.get(name))
-    yield from _rows("sim_am", sim_am(icl, zsl), method="zsl")
-    for index, method in enumerate(methods):
-        about: dict[str, Any] = {"method": method, "lr": rates[method]}
-        yield from _rows("rec2ftp", rec2ftp(icl, runs[method], zsl), **about)
-        random = random_update(runs[method], zsl, seed=len(methods) * seed + index)
-        for control, ft in (("none", runs[method]), ("random", random)):
-            about["control"] = control
-            yield from _rows("sim_aou", sim_aou(icl, ft, zsl), **about)
-            yield from _rows("sim_aou_norm", sim_aou_norm(icl, ft, zsl), **about)
-            yield from _rows("sim_am", sim_am(icl, ft), **about)
-            yield from _rows("sim_am_delta", sim_am_delta(icl, ft, zsl), **about)
-            if method == "lcgd" and "gd" in runs:
-                yield from _rows("alpha_aou", alpha(ft, runs["gd"], zsl, of="attn_out"), **about)
-                yield from _rows("alpha_am", alpha(ft, runs["gd"], zsl, of="query_scores"), **about)
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What updates of a model are compared with: an episode's queries zero-shot and in-context.
 
+    Attributes:
+        model: The model.
+        episode: The demonstrations and queries.
+        called: What the column `model` says of it.
+        zsl: The queries zero-shot.
+        icl: The queries in-context.
+        run: Runs the queries; keyword arguments are those of `capture`.
+        tick: Called after every run.
+    """
 
-def _rows(metric: str, values: Tensor, *, method: str, lr: float | None = None, control: str = "none") -> Iterator[dict[str, Any]]:
-    """One row per layer, `values` being `[query layer ...]`, or one row for `[query]` values of the whole model."""
-    layers = [(None, values)] if values.ndim == 1 else list(enumerate(values.unbind(dim=1)))
-    for layer, per_query in layers:
-        defined = ~per_query.isnan()
-        yield {
-            "method": method,
-            "lr": lr,
-            "control": control,
-            "layer": layer,
-            "metric": metric,
-            "value": per_query[defined].cpu().double().mean().item(),
-            "n": int(defined.sum()),
-            "undefined": int((~defined).sum()),
-        }
+    model: HookedTransformer
+    episode: Episode
+    called: str
+    zsl: Activations
+    icl: Activations
+    run: Callable[..., Activations]
+    tick: Callable[[], None]
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedTransformer,
+        episode: Episode,
+        *,
+        called: str = "trained",
+        batch_size: int = 32,
+        on_run: Callable[[], None] | None = None,
+    ) -> Reference:
+        """Run the queries zero-shot and in-context; arguments as in `compare`."""
+        tick = on_run or (lambda: None)
+
+        def run(**how: Any) -> Activations:
+            activations = capture(model, episode.queries, keep=KEEP, batch_size=batch_size, **how)
+            tick()
+            return activations
+
+        return cls(model, episode, called, run(), run(context=episode.demonstrations), run, tick)
+
+    def compare(
+        self,
+        methods: Sequence[Method],
+        rates: Mapping[str, float],
+        *,
+        controls: Sequence[Control] = (),
+        other: Episode | None = None,
+        **options: Any,
+    ) -> Comparison:
+        """Compare with every method at its rate, and with every control in its place.
+
+        Args:
+            methods: As in the function `compare`, as are `controls` and `other`.
+            rates: The learning rate of every method.
+            controls: See `methods`.
+            other: See `methods`.
+            options: How updates are made: `loss_on`, `readout`, `schedule`, `epochs` and `parameters`.
+        """
+        rows = Rows(source_columns(self.episode, options, self.called))
+        for name, run in (("zsl", self.zsl), ("icl", self.icl)):
+            rows.add("frame", run_rows(run), method=name)
+            rows.add("queries", query_rows(run, self.episode.label_words), method=name)
+        rows.add("frame", output_rows(self.icl, self.zsl), method="zsl")
+
+        updates: dict[str, ParameterUpdate] = {}
+        runs: dict[str, Activations] = {}
+        for method in methods:
+            updates[method] = self._update(method, rates[method], options, self.episode.demonstrations, self.episode)
+            runs[method] = self.run(update=updates[method])
+        for index, method in enumerate(methods):
+            about: dict[str, Any] = {"method": method, "lr": rates[method]}
+            rows.add("gradients", gradient_rows(updates[method]), **about)
+            rows.add("queries", query_rows(runs[method], self.episode.label_words), **about)
+            # α compares LCGD with the true GD, also when a control stands in the place of LCGD.
+            gd_run = runs.get("gd") if method == "lcgd" else None
+            self._add_outputs(rows, runs[method], about)
+            rows.add("frame", similarity_rows(self.icl, runs[method], self.zsl, gd_run), **about)
+            make = partial(self._update, method, rates[method], options)
+            seed = len(methods) * self.episode.seed + index
+            for control in controls:
+                ft = self._controlled(control, updates[method], runs[method], make, other, seed)
+                if ft is None:
+                    continue
+                if control != "random":  # which changes what attention did, and no output
+                    self._add_outputs(rows, ft, {**about, "control": control})
+                rows.add("frame", similarity_rows(self.icl, ft, self.zsl, gd_run), **about, control=control)
+        return rows.comparison()
+
+    def _update(
+        self, method: Method, lr: float, options: Mapping[str, Any], demonstrations: Sequence[Demonstration], source: Episode
+    ) -> ParameterUpdate:
+        update = METHODS[method](self.model, demonstrations, lr=lr, label_tokens=source.label_tokens, **options)
+        self.tick()
+        return update
+
+    def _controlled(
+        self,
+        control: Control,
+        update: ParameterUpdate,
+        ft: Activations,
+        make: Callable[[Sequence[Demonstration], Episode], ParameterUpdate],
+        other: Episode | None,
+        seed: int,
+    ) -> Activations | None:
+        """Run the queries with a control in the place of the update; None if it has nothing to change."""
+        if control == "random":
+            return random_update(ft, self.zsl, seed)
+        if control == "random_weights":
+            instead = random_weights(update, seed)
+            self.tick()
+            return self.run(update=instead)
+        source = self.episode
+        demonstrations: Sequence[Demonstration] | None
+        if control == "other_task":
+            assert other is not None  # checked at the entrance
+            source, demonstrations = other, other.demonstrations
+        else:
+            demonstrations = (shuffled_labels if control == "shuffled_labels" else permuted)(source, seed)
+        return None if demonstrations is None else self.run(update=make(demonstrations, source))
+
+    def _add_outputs(self, rows: Rows, ft: Activations, about: dict[str, Any]) -> None:
+        rows.add("frame", run_rows(ft), **about)
+        rows.add("frame", output_rows(self.icl, ft), **about)
+        rows.add("frame", rec2ftp_rows(self.icl, ft, self.zsl), **about)

@@ -1,7 +1,7 @@
 """Tidy results: how frames of `compare` are kept, averaged and tested.
 
-The unit that varies is the episode. A value is first averaged over what is inside an episode (queries, heads, and layers where
-asked), then over episodes, and its interval says how well the mean over episodes is known.
+The unit that varies is the draw of demonstrations. A value is first averaged over what is inside a draw (queries, heads, orders of
+the demonstrations, and layers where asked), then over draws, and its interval says how well the mean over draws is known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scipy import stats
 from iclgd_lens.files import written_whole
 
 EPISODE = ["task", "k", "seed"]
-"""The columns that tell episodes apart."""
+"""The columns that tell draws of demonstrations apart; orders of the same demonstrations are averaged."""
 
 OPTIONS = ["lr", "loss_on", "readout", "schedule", "epochs", "parameters"]
 """The columns that say how updates were made; values made in different ways are never averaged."""
@@ -25,56 +25,79 @@ LEVEL = 0.95
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "control", "metric")) -> pd.DataFrame:
-    """Average a tidy frame over episodes.
+    """Average a tidy frame over draws of demonstrations.
 
     Args:
         frame: Rows of one or more comparisons.
-        by: The columns to tell apart; add `"layer"` for values per layer, else layers are averaged within each episode.
+        by: The columns to tell apart; add `"layer"` for values per layer, else layers are averaged within each draw; add
+            `"subset"` for false-to-true queries beside all queries, else values are over all queries.
 
     Returns:
-        One row per group: the columns of `by`, then `mean`, `low` and `high` (a 95 % t-interval over episodes, NaN for a single
-        one), `episodes` (how many had a defined value) and `undefined` (values left out within them).
+        One row per group, in the frame's order: the columns of `by`, then `mean`, `sd` (over draws; NaN for a single one), `low` and `high` (a 95 %
+        t-interval of the mean, likewise), `episodes` (how many draws had a defined value) and `undefined` (values left out within
+        them).
 
     Raises:
-        ValueError: If values would be averaged over different options of the updates, such as learning rates.
+        ValueError: If values would be averaged over different options of the updates, such as learning rates within a task.
     """
     by = list(by)
+    frame = frame if "subset" in by else _all_queries(frame)
     _refuse_pooling(frame, by)
-    groups = frame.groupby(EPISODE + by, dropna=False, observed=True)
-    per_episode = groups.agg(value=("value", "mean"), undefined=("undefined", "sum")).reset_index()
+    tell_apart = [*(column for column in EPISODE if column not in by), *by]
+    groups = frame.groupby(tell_apart, dropna=False, observed=True, sort=False)
+    per_draw = groups.agg(value=("value", "mean"), undefined=("undefined", "sum")).reset_index()
 
     def row(group: pd.DataFrame) -> pd.Series:
-        mean, low, high, count = interval(group["value"].to_numpy())
-        return pd.Series({"mean": mean, "low": low, "high": high, "episodes": count, "undefined": group["undefined"].sum()})
+        values = group["value"].to_numpy()
+        mean, low, high, count = interval(values)
+        deviation = float(np.nanstd(values, ddof=1)) if count > 1 else float("nan")
+        numbers = {"mean": mean, "sd": deviation, "low": low, "high": high, "episodes": count}
+        return pd.Series(numbers | {"undefined": group["undefined"].sum()})
 
-    summary = per_episode.groupby(by, dropna=False, observed=True)[["value", "undefined"]].apply(row).reset_index()
+    summary = per_draw.groupby(by, dropna=False, observed=True, sort=False)[["value", "undefined"]].apply(row).reset_index()
     return summary.astype({"episodes": int, "undefined": int})
 
 
 def paired_difference(frame: pd.DataFrame, metric: str, a: dict[str, str], b: dict[str, str]) -> tuple[float, float, float, int]:
-    """The mean difference of a metric between two conditions on the same episodes, with its 95 % t-interval.
+    """The mean difference of a metric between two conditions on the same draws, with its 95 % t-interval.
 
     Args:
         frame: Rows of several comparisons.
-        metric: Which metric; layers are averaged within each episode.
-        a: The first condition, as column values, such as `{"model": "trained", "method": "lcgd"}`.
+        metric: Which metric; layers and orders are averaged within each draw.
+        a: The first condition, as column values, such as `{"model": "trained", "method": "lcgd"}`; if it does not name them,
+            `control` is `"none"` and `subset` is `"all"`.
         b: The condition that is subtracted.
 
     Returns:
-        Mean, low, high, and the number of episodes in which both are defined.
+        Mean, low, high, and the number of draws in which both are defined.
 
     Raises:
-        ValueError: If a condition would average over different options of the updates, such as learning rates.
+        ValueError: If a condition would average over different options of the updates, such as learning rates within a task.
+    """
+    return interval(paired_differences(frame, metric, a, b).to_numpy())
+
+
+def paired_differences(frame: pd.DataFrame, metric: str, a: dict[str, str], b: dict[str, str]) -> pd.Series:
+    """The difference of `paired_difference` in every draw, indexed by `EPISODE`; NaN where one side is undefined.
+
+    Raises:
+        ValueError: As `paired_difference`.
     """
 
-    def per_episode(condition: dict[str, str]) -> pd.Series:
+    def per_draw(condition: dict[str, str]) -> pd.Series:
         chosen = frame[frame["metric"] == metric]
-        for column, value in ({"control": "none"} | condition).items():
+        for column, value in ({"control": "none", "subset": "all"} | condition).items():
             chosen = chosen[chosen[column] == value]
         _refuse_pooling(chosen, [])
-        return chosen.groupby(EPISODE)["value"].mean()
+        return chosen.groupby(EPISODE, sort=False)["value"].mean()
 
-    return interval((per_episode(a) - per_episode(b)).to_numpy())
+    return per_draw(a) - per_draw(b)
+
+
+def p_value(differences: np.ndarray) -> float:
+    """The two-sided p-value of a paired t-test, that the mean of the defined differences is zero; NaN for fewer than two."""
+    defined = differences[~np.isnan(differences)]
+    return float(stats.ttest_1samp(defined, 0.0).pvalue) if len(defined) > 1 else float("nan")
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float, int]:
@@ -92,9 +115,15 @@ def interval(values: np.ndarray) -> tuple[float, float, float, int]:
     return mean, mean - half, mean + half, count
 
 
+def _all_queries(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["subset"] == "all"]
+
+
 def _refuse_pooling(frame: pd.DataFrame, by: list[str]) -> None:
-    groups = frame.groupby(by, dropna=False, observed=True) if by else frame.groupby(lambda _: 0)
     for option in OPTIONS:
+        # Every task may have a learning rate of its own.
+        within = [*by, "task"] if option == "lr" else by
+        groups = frame.groupby(within, dropna=False, observed=True) if within else frame.groupby(lambda _: 0)
         if option in frame and option not in by and (groups[option].nunique() > 1).any():
             values = ", ".join(map(str, sorted(frame[option].dropna().unique())))
             raise ValueError(f"the frame holds several values of {option} ({values}); choose one, or add {option!r} to `by`")

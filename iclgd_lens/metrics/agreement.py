@@ -30,10 +30,79 @@ def rec2ftp(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor
     Raises:
         ValueError: If the runs are not of the same queries.
     """
-    if not (torch.equal(icl.labels, ft.labels) and torch.equal(icl.labels, zsl.labels)):
-        raise ValueError("the runs are not of the same queries: their gold labels differ")
+    _require_same_queries(icl, ft, zsl)
     corrected = (correct(zsl) == 0) & (correct(ft) == 1)
     return correct(icl).masked_fill(~corrected, torch.nan)
+
+
+def false_to_true(icl: Activations, ft: Activations, zsl: Activations) -> Bool[Tensor, "query"]:
+    """The queries that ZSL gets wrong and both ICL and FT get right, to which Dai et al. 2023 restrict their similarities (the
+    authors' code).
+
+    Raises:
+        ValueError: If the runs are not of the same queries.
+    """
+    _require_same_queries(icl, ft, zsl)
+    return (correct(zsl) == 0) & (correct(ft) == 1) & (correct(icl) == 1)
+
+
+def label_distribution(run: Activations) -> Float[Tensor, "query label"]:
+    """The probability of each label word among the label words: the softmax of their mean log-likelihoods per token."""
+    return run.label_log_probs.softmax(dim=-1)
+
+
+def label_loss(run: Activations) -> Float[Tensor, "query"]:
+    """Cross-entropy of the gold label under `label_distribution`, in nats; NaN where `correct` is."""
+    gold = run.labels.clamp(min=0)[:, None]
+    loss = -run.label_log_probs.log_softmax(dim=-1).gather(-1, gold).squeeze(-1)
+    return loss.masked_fill(~_scored(run), torch.nan)
+
+
+def same_prediction(a: Activations, b: Activations) -> Float[Tensor, "query"]:
+    """Say for each query whether two runs predict the same label: 1 or 0 (Shen et al. 2024). No gold label is needed.
+
+    NaN where a label word's score is not finite in one of them.
+
+    Raises:
+        ValueError: If the runs are not of the same queries.
+    """
+    _require_same_queries(a, b)
+    finite = a.label_log_probs.isfinite().all(dim=-1) & b.label_log_probs.isfinite().all(dim=-1)
+    return (a.predictions == b.predictions).float().masked_fill(~finite, torch.nan)
+
+
+def js_divergence(a: Activations, b: Activations) -> Float[Tensor, "query"]:
+    """Jensen-Shannon divergence between the label distributions of two runs, in nats: 0 for equal ones, ln 2 for disjoint ones.
+
+    `½ KL(p ‖ m) + ½ KL(q ‖ m)` with `m = ½ (p + q)` (Lin 1991); for ICL against FT see Shen et al. 2024. NaN where a label word's
+    score is not finite.
+
+    Raises:
+        ValueError: If the runs are not of the same queries.
+    """
+    _require_same_queries(a, b)
+    p, q = label_distribution(a).double(), label_distribution(b).double()
+    m = (p + q) / 2
+    # x log(x / m) is 0 at x = 0, also where m is.
+    half = [torch.where(x > 0, x * (x / m).log(), 0.0 * x).sum(dim=-1) / 2 for x in (p, q)]
+    return (half[0] + half[1]).clamp(min=0.0).to(a.label_log_probs.dtype)
+
+
+def order_spread(distributions: Float[Tensor, "order query label"]) -> Float[Tensor, "query"]:
+    """How much a prediction depends on the order of the demonstrations: the standard deviation of a label's probability over
+    orders, averaged over labels (after Shen et al. 2024). Between 0 and ½ for two labels, up to the factor for few orders.
+
+    Raises:
+        ValueError: If there are fewer than two orders.
+    """
+    if len(distributions) < 2:
+        raise ValueError(f"the spread over orders needs at least two of them, got {len(distributions)}")
+    return distributions.std(dim=0).mean(dim=-1)
+
+
+def _require_same_queries(*runs: Activations) -> None:
+    if any(not torch.equal(run.labels, runs[0].labels) for run in runs):
+        raise ValueError("the runs are not of the same queries: their gold labels differ")
 
 
 def _scored(run: Activations) -> Bool[Tensor, "query"]:

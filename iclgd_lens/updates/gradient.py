@@ -48,6 +48,10 @@ from iclgd_lens.updates.inject import Parameter, injection_hooks
 ALL_PARAMETERS: tuple[Parameter, ...] = get_args(Parameter)
 
 
+class DivergedError(ValueError):
+    """Gradient steps made an update that is not finite: the learning rate is too large."""
+
+
 def gd(
     model: HookedTransformer,
     demonstrations: Sequence[Demonstration],
@@ -82,7 +86,8 @@ def gd(
 
     Raises:
         ValueError: If an option is unknown or does not fit another, there are no demonstrations, one is longer than the context
-            window, or the update becomes non-finite (the message names the demonstration and the layer).
+            window.
+        DivergedError: If the update becomes non-finite (the message names the demonstration and the layer).
     """
     settings = _settings("gd", lr, loss_on, readout, schedule, epochs, parameters)
     return _descend(model, demonstrations, settings, label_tokens, output_gradients)
@@ -237,7 +242,7 @@ def _refuse_non_finite(norms: Float[Tensor, "layer"], settings: UpdateSettings, 
     finite = (settings.lr * norms).square().isfinite()
     if not bool(finite.all()):
         layer = int((~finite).nonzero()[0, 0])
-        raise ValueError(
+        raise DivergedError(
             f"lr={settings.lr:g} made the {settings.method} update non-finite at demonstration {number} of {count} (counted from "
             f"0), layer {layer}; use a smaller learning rate"
         )

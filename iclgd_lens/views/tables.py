@@ -7,17 +7,8 @@ from rich import box
 from rich.table import Table
 
 from iclgd_lens.experiments.results import EPISODE, paired_difference, summarise
+from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES, RUN_NAMES
 
-RUN_NAMES = {"zsl": "ZSL", "icl": "ICL", "gd": "FT by GD", "lcgd": "FT by LCGD"}
-METHOD_NAMES = {"gd": "GD", "lcgd": "LCGD", "zsl": "ZSL ref."}
-METRIC_NAMES = {
-    "sim_aou": "SimAOU",
-    "sim_aou_norm": "SimAOU_norm",
-    "sim_am": "SimAM",
-    "sim_am_delta": "SimAM_Δ",
-    "alpha_aou": "α of h",
-    "alpha_am": "α of m",
-}
 CONDITIONS = {"trained": ("trained", "none"), "untrained": ("untrained", "none"), "random": ("trained", "random")}
 """Columns of the similarity table: which model, and whether the update's effect was replaced by a random one."""
 

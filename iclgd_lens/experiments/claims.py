@@ -1,0 +1,87 @@
+"""The paper's claims, each as a number with an interval, computed from a run (Deutch et al. 2024, section 5).
+
+==========================================  ==============================================================================
+`"LCGD above GD"`                           LCGD − GD on the trained model, in SimAOU and SimAM_Δ, paired by draw
+`"untrained twins comparable"`              trained − twin, for each method and twin, in SimAOU and SimAM_Δ, paired by draw
+`"α small"`                                 α, of h and of m, on the trained model; the paper's is about 0.1 to 0.2
+==========================================  ==============================================================================
+
+A draw is one set of demonstrations; its orders, queries, layers and heads are averaged first. What an outcome says rests on the
+95 % t-interval over draws, and on nothing else. Intervals are not corrected for the number of claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from iclgd_lens.experiments.paper import ALPHA_RANGE
+from iclgd_lens.experiments.results import EPISODE, interval, p_value, paired_differences
+
+METRICS = ("sim_aou", "sim_am_delta")
+
+OVER_TASKS = "all tasks"
+"""What the column `task` says of draws of all tasks taken together."""
+
+
+def claims(frame: pd.DataFrame) -> pd.DataFrame:
+    """Compute every claim that a frame has the rows for, for each task and over all tasks.
+
+    Args:
+        frame: Rows of a run, as in `Comparison.frame`.
+
+    Returns:
+        One row per claim, metric, method, twin and task: `claim`, `metric`, `method`, `twin`, `task`, `mean` (of the difference,
+        or of α), `low` and `high` (95 % t-interval over draws), `p` (paired t-test that a difference is zero; missing for α),
+        `draws`, and `outcome` in words.
+    """
+    return pd.DataFrame([*_lcgd_above_gd(frame), *_twins_comparable(frame), *_alpha_small(frame)])
+
+
+def _lcgd_above_gd(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    if not {"gd", "lcgd"} <= set(frame["method"]):
+        return
+    for metric in METRICS:
+        a, b = ({"model": "trained", "method": method} for method in ("lcgd", "gd"))
+        for task, values in _by_task(paired_differences(frame, metric, a, b)):
+            about = {"claim": "LCGD above GD", "metric": metric, "method": "lcgd − gd", "twin": None, "task": task}
+            yield about | _difference(values, "LCGD above GD", "LCGD below GD")
+
+
+def _twins_comparable(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    for metric in METRICS:
+        for method in [method for method in ("gd", "lcgd") if method in set(frame["method"])]:
+            for twin in [model for model in frame["model"].unique() if model != "trained"]:
+                a, b = ({"model": model, "method": method} for model in ("trained", twin))
+                for task, values in _by_task(paired_differences(frame, metric, a, b)):
+                    about = {"claim": "untrained twins comparable", "metric": metric, "method": method, "twin": twin, "task": task}
+                    yield about | _difference(values, "trained above twin", "twin above trained")
+
+
+def _alpha_small(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    trained = frame[(frame["model"] == "trained") & (frame["control"] == "none") & (frame["subset"] == "all")]
+    for metric in ("alpha_aou", "alpha_am"):
+        per_draw = trained[trained["metric"] == metric].groupby(EPISODE, sort=False)["value"].mean()
+        for task, values in _by_task(per_draw):
+            mean, low, high, draws = interval(values)
+            limit = ALPHA_RANGE[1]
+            outcome = f"at most {limit}" if high <= limit else f"above {limit}" if low > limit else "undecided"
+            about = {"claim": "α small", "metric": metric, "method": "lcgd, gd", "twin": None, "task": task}
+            yield about | {"mean": mean, "low": low, "high": high, "p": float("nan"), "draws": draws, "outcome": outcome}
+
+
+def _by_task(per_draw: pd.Series) -> Iterator[tuple[str, np.ndarray]]:
+    tasks = per_draw.index.get_level_values("task")
+    for task in tasks.unique():
+        yield str(task), per_draw[tasks == task].to_numpy()
+    if tasks.nunique() > 1:
+        yield OVER_TASKS, per_draw.to_numpy()
+
+
+def _difference(values: np.ndarray, if_above: str, if_below: str) -> dict[str, Any]:
+    mean, low, high, draws = interval(values)
+    outcome = if_above if low > 0 else if_below if high < 0 else "no difference found"
+    return {"mean": mean, "low": low, "high": high, "p": p_value(values), "draws": draws, "outcome": outcome}

@@ -1,0 +1,85 @@
+"""What a comparison finds, as tidy frames, and how they are built up run by run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from iclgd_lens.data.episodes import Episode
+from iclgd_lens.experiments.measure import Row
+
+PARTS = ("frame", "queries", "gradients")
+"""The frames of a comparison."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What `compare` found, as tidy frames.
+
+    Columns that all three share say where a row comes from: `task`, `k`, `seed`, `order`, `n_queries`, the options that the
+    updates were made with, `model` (`"trained"` or `"untrained"`), `method` (the run that is described: `"zsl"`, `"icl"`, `"gd"`,
+    `"lcgd"`), `lr`, and `control` (`"none"`, or what stands in the place of the update).
+
+    Attributes:
+        frame: One row per metric, layer and subset of queries. `layer` is missing for metrics of the whole model; `subset` is
+            `"all"` or `"false_to_true"`; `value` is the mean over queries and heads of the `n` defined values, `undefined`
+            others being left out (for `rec2ftp`, which is about the queries that finetuning corrects, those are the others).
+        queries: One row per query and label word, of true updates: `label`, `is_gold`, and its `probability` among the label
+            words.
+        gradients: One row per layer and step of every true update: `gradient_norm`, the ℓ2 norm over the trained parameters.
+    """
+
+    frame: pd.DataFrame
+    queries: pd.DataFrame
+    gradients: pd.DataFrame
+
+    @classmethod
+    def concatenated(cls, comparisons: Sequence[Comparison]) -> Comparison:
+        """Join comparisons, in their order."""
+        return cls(*(pd.concat([getattr(each, part) for each in comparisons], ignore_index=True) for part in PARTS))
+
+
+@dataclass
+class Rows:
+    """The rows of a comparison while it is made.
+
+    Attributes:
+        source: The columns that are the same in all rows.
+    """
+
+    source: Mapping[str, Any]
+    frame: list[Row] = field(default_factory=list)
+    queries: list[Row] = field(default_factory=list)
+    gradients: list[Row] = field(default_factory=list)
+
+    def add(self, part: str, rows: Iterable[Row], *, method: str, lr: float | None = None, control: str = "none") -> None:
+        """Add rows about one run."""
+        about = {**self.source, "method": method, "lr": lr, "control": control}
+        getattr(self, part).extend({**about, **row} for row in rows)
+
+    def comparison(self) -> Comparison:
+        """Make frames of the rows."""
+        frame, queries, gradients = (pd.DataFrame(getattr(self, part)) for part in PARTS)
+        return Comparison(_typed(frame).astype({"layer": "Int64"}), _typed(queries), _typed(gradients))
+
+
+def source_columns(episode: Episode, options: Mapping[str, Any], called: str) -> dict[str, Any]:
+    """The columns that say where rows come from."""
+    return {
+        "task": episode.task,
+        "k": episode.k,
+        "seed": episode.seed,
+        "order": episode.order,
+        "n_queries": len(episode.queries),
+        **options,
+        "parameters": " ".join(options["parameters"]),
+        "model": called,
+    }
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    # A frame without any rate would hold objects, and could not be joined with one that has some.
+    return frame.astype({"lr": "float64"})

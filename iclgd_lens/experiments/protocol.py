@@ -1,0 +1,144 @@
+"""The paper's protocol: which episodes, at which rates, with which controls (Deutch et al. 2024, section 4 and Table 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
+
+from iclgd_lens.data.registry import BUNDLED_TASKS, require_tasks
+from iclgd_lens.experiments.compare import CONTROLS, METHODS, Control, Method, require_known
+from iclgd_lens.experiments.learning_rate import GRID, UPDATE_OPTIONS, held_out_seeds
+from iclgd_lens.experiments.paper import PAPER
+from iclgd_lens.models.untrained import Part
+
+Rate = Literal["auto", "paper"] | float
+
+TWINS: Mapping[str, tuple[Part, ...]] = {
+    "untrained": ("embed", "pos_embed", "ln", "unembed"),
+    "untrained, ln kept": ("ln",),
+}
+"""The untrained twins by what the column `model` calls them, with the parts that they keep: the paper's baseline, which keeps
+embeddings, layer norms and unembedding, and its variant, which keeps layer norms only."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run of one task.
+
+    Attributes:
+        seeds: The seeds of the demonstrations.
+        k: The number of demonstrations, or `"fit"`.
+        n_queries: The number of queries at most.
+    """
+
+    seeds: tuple[int, ...]
+    k: int | Literal["fit"]
+    n_queries: int
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A whole study of one model. What is None has a default for each task: `plan` says which.
+
+    Attributes:
+        tasks: Names of tasks.
+        seeds: The seeds of the demonstrations; by default those of the paper, 0 to 9 for bundled tasks and 0 to 2 for others.
+        k: Demonstrations per episode, or `"fit"`; by default as many of 32 as fit, and 12 for bundled tasks.
+        n_queries: Queries at most; by default 2000, and 32 for bundled tasks.
+        orders: How many orders of the same demonstrations.
+        lr: `"paper"`: the paper's learning rate for the task. `"auto"`: chosen for each task and method by `learning_rate.search`.
+            A number: that rate for all.
+        methods: `"gd"`, `"lcgd"` or both.
+        controls: See `compare`. The twins have the control `"random"` at most.
+        other_task: Where the control `"other_task"` takes demonstrations from; by default the next one of `tasks`.
+        twins: Names out of `TWINS`.
+        grid: The learning rates of `"auto"` and of the curve.
+        n_tuning_seeds: How many held-out draws `"auto"` and the curve use.
+        n_tuning_queries: How many queries each of those has at most.
+        lr_curve: Whether to measure similarity against learning rate, on the held-out draws.
+        options: How updates are made, as in `gd`: `loss_on`, `readout`, `schedule`, `epochs` and `parameters`.
+
+    Raises:
+        ValueError: If anything is unknown, out of range or does not fit another.
+    """
+
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...] | None = None
+    k: int | Literal["fit"] | None = None
+    n_queries: int | None = None
+    orders: int = 3
+    lr: Rate = "auto"
+    methods: tuple[Method, ...] = ("gd", "lcgd")
+    controls: tuple[Control, ...] = ("random",)
+    other_task: str | None = None
+    twins: tuple[str, ...] = tuple(TWINS)
+    grid: tuple[float, ...] = GRID
+    n_tuning_seeds: int = 3
+    n_tuning_queries: int = 64
+    lr_curve: bool = False
+    options: Mapping[str, Any] = field(default_factory=lambda: dict(UPDATE_OPTIONS))
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("no tasks: name at least one")
+        require_tasks([*self.tasks, *([self.other_task] if self.other_task else [])])
+        for name, values in (("tasks", self.tasks), ("seeds", self.seeds or ()), ("grid", self.grid)):
+            if twice := [value for value in values if list(values).count(value) > 1]:
+                raise ValueError(f"{name} names {twice[0]!r} twice")
+        require_known("methods", self.methods, tuple(METHODS))
+        require_known("controls", self.controls, CONTROLS)
+        require_known("twins", self.twins, tuple(TWINS))
+        if not self.methods:
+            raise ValueError(f"methods must be some of {', '.join(METHODS)}; got none")
+        for name in ("orders", "n_tuning_seeds", "n_tuning_queries", *(["n_queries"] if self.n_queries is not None else [])):
+            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if self.seeds is not None and not self.seeds:
+            raise ValueError("seeds must be at least one; got none")
+        self._check_rate()
+        for task in self.tasks:
+            self.other(task)
+
+    def _check_rate(self) -> None:
+        if isinstance(self.lr, str):
+            if self.lr not in get_args(get_args(Rate)[0]):
+                raise ValueError(f"lr must be 'auto', 'paper' or a number, got {self.lr!r}")
+            if self.lr == "paper" and (missing := [task for task in self.tasks if task not in PAPER]):
+                raise ValueError(
+                    f"lr='paper', but the paper has no learning rate for task {missing[0]!r}; use 'auto' or a number "
+                    f"(it has one for {', '.join(PAPER)})"
+                )
+        elif not isinstance(self.lr, Real) or not 0 <= self.lr < float("inf"):
+            raise ValueError(f"lr must be 'auto', 'paper' or a number that is finite and not negative, got {self.lr!r}")
+        if not self.grid or any(not isinstance(lr, Real) or not 0 < lr < float("inf") for lr in self.grid):
+            raise ValueError(f"grid must be learning rates above 0, got {list(self.grid)}")
+
+    def plan(self, task: str) -> Plan:
+        """What is run of a task, defaults filled in."""
+        bundled = task in BUNDLED_TASKS
+        seeds = PAPER[task].seeds if task in PAPER else tuple(range(10 if bundled else 3))
+        return Plan(
+            seeds=self.seeds or seeds,
+            k=self.k or (12 if bundled else "fit"),
+            n_queries=self.n_queries or (32 if bundled else 2000),
+        )
+
+    def tuning_seeds(self, task: str) -> tuple[int, ...]:
+        """The held-out seeds that learning rates are chosen on."""
+        return held_out_seeds(self.plan(task).seeds, self.n_tuning_seeds)
+
+    def other(self, task: str) -> str | None:
+        """The task that `"other_task"` takes demonstrations from; None without that control.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if "other_task" not in self.controls:
+            return None
+        after: Sequence[str] = [*self.tasks, *self.tasks][self.tasks.index(task) + 1 :]
+        candidates = [self.other_task] if self.other_task else after
+        if not candidates or candidates[0] == task:
+            raise ValueError(f"the control 'other_task' needs a task other than {task!r}: name one as other_task, or run several")
+        return candidates[0]

@@ -1,0 +1,300 @@
+"""Running a protocol: every task, draw, order and twin, cell by cell, so that a run that was stopped goes on where it was.
+
+>>> from tempfile import TemporaryDirectory
+>>> from iclgd_lens.models.loading import load_model
+>>> protocol = Protocol(("bundled/remapped",), seeds=(0, 1), k=4, n_queries=4, orders=1, lr=0.01)
+>>> with TemporaryDirectory() as folder:
+...     results = reproduce(load_model("bundled"), protocol, folder)
+>>> sorted(results.frame["model"].unique())
+['trained', 'untrained', 'untrained, ln kept']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformer_lens import HookedTransformer
+
+from iclgd_lens.data.episodes import Episode
+from iclgd_lens.data.registry import load_task
+from iclgd_lens.data.tasks import Task
+from iclgd_lens.experiments.cells import cell
+from iclgd_lens.experiments.compare import Control, compare, n_runs
+from iclgd_lens.experiments.comparison import PARTS, Comparison
+from iclgd_lens.experiments.learning_rate import choose, search, similarity_by_rate
+from iclgd_lens.experiments.paper import PAPER
+from iclgd_lens.experiments.protocol import TWINS, Protocol
+from iclgd_lens.experiments.results import write_frame
+from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.untrained import untrained_twin
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """What a protocol found.
+
+    Attributes:
+        protocol: What was run.
+        frame: As in `Comparison`, of all cells.
+        queries: As in `Comparison`.
+        gradients: As in `Comparison`.
+        rates: The learning rates used, one row per task and method: `task`, `method`, `lr`.
+        searched: What `learning_rate.search` found; empty unless the protocol's `lr` is `"auto"`.
+        curve: What `similarity_by_rate` found; empty unless the protocol has `lr_curve`.
+    """
+
+    protocol: Protocol
+    frame: pd.DataFrame
+    queries: pd.DataFrame
+    gradients: pd.DataFrame
+    rates: pd.DataFrame
+    searched: pd.DataFrame
+    curve: pd.DataFrame
+
+
+FRAMES = ("frame", "queries", "gradients", "rates", "searched", "curve")
+
+
+def reproduce(
+    model: HookedTransformer,
+    protocol: Protocol,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    batch_size: int = 32,
+    on_total: Callable[[int], None] | None = None,
+    on_runs: Callable[[int, str], None] | None = None,
+) -> Results:
+    """Run a protocol on a model, or what is missing of it, and write its frames into a folder.
+
+    Before anything runs, all tasks are loaded and all episodes are drawn, so bad input shows at once. Every cell (a task, a seed,
+    an order of the demonstrations, and the model or a twin) is kept under `out/cells` as soon as it is done; cells are told apart
+    by the model's weights, the episode's tokens and every option. The frames of all cells are written to `out` as parquet at the
+    end.
+
+    Args:
+        model: The model; twins are made of it, one at a time, seeded with the draw's seed.
+        protocol: What to run.
+        out: The folder.
+        data: The folder of local data, as in `load_task`.
+        batch_size: As in `capture`.
+        on_total: Called once with the number of runs in all.
+        on_runs: Called after runs, with how many they were (those of a cell that was there already count too) and what they were
+            about.
+
+    Raises:
+        ValueError: As `Task.episode`, `compare` and `choose` do.
+        OSError: If data cannot be loaded or the folder cannot be written.
+    """
+    tasks = _load_tasks(protocol, data)
+    run = _Run(
+        model,
+        protocol,
+        Path(out) / "cells",
+        fingerprint(model),
+        batch_size,
+        on_runs or (lambda runs, about: None),
+        {name: _draw(protocol, tasks, name, model) for name in protocol.tasks},
+        {name: _draw_for_tuning(protocol, tasks[name], model) for name in protocol.tasks},
+    )
+    if on_total is not None:
+        on_total(run.total())
+    results = run.results()
+    for part in FRAMES:
+        write_frame(getattr(results, part), Path(out) / f"{part}.parquet")
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class _Draw:
+    """The demonstrations of one seed in all orders, and an episode of another task for the control."""
+
+    seed: int
+    episodes: tuple[Episode, ...]
+    other: Episode | None
+
+
+def _load_tasks(protocol: Protocol, data: str | Path | None) -> dict[str, Task]:
+    others = (protocol.other(task) for task in protocol.tasks)
+    return {name: load_task(name, data) for name in dict.fromkeys([*protocol.tasks, *filter(None, others)])}
+
+
+def _draw(protocol: Protocol, tasks: Mapping[str, Task], name: str, model: HookedTransformer) -> list[_Draw]:
+    plan, other_name = protocol.plan(name), protocol.other(name)
+    draws = []
+    for seed in plan.seeds:
+        first = tasks[name].episode(model, k=plan.k, n_queries=plan.n_queries, seed=seed)
+        other = None
+        if other_name is not None:
+            other = tasks[other_name].episode(model, k=protocol.plan(other_name).k, n_queries=1, seed=seed)
+        draws.append(_Draw(seed, tuple(first.reordered(order) for order in range(protocol.orders)), other))
+    return draws
+
+
+def _draw_for_tuning(protocol: Protocol, task: Task, model: HookedTransformer) -> list[Episode]:
+    if protocol.lr != "auto" and not protocol.lr_curve:
+        return []
+    held_out, k, n_queries = task.for_tuning(), protocol.plan(task.name).k, protocol.n_tuning_queries
+    return [held_out.episode(model, k=k, n_queries=n_queries, seed=seed) for seed in protocol.tuning_seeds(task.name)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A protocol on its way through its cells."""
+
+    model: HookedTransformer
+    protocol: Protocol
+    folder: Path
+    fingerprint: str
+    batch_size: int
+    report: Callable[[int, str], None]
+    draws: Mapping[str, list[_Draw]]
+    tuning: Mapping[str, list[Episode]]
+
+    @property
+    def subjects(self) -> dict[str, tuple[Control, ...]]:
+        """What the model and its twins are called, each with its controls."""
+        of_twins: tuple[Control, ...] = ("random",) if "random" in self.protocol.controls else ()
+        return {"trained": self.protocol.controls, **dict.fromkeys(self.protocol.twins, of_twins)}
+
+    def total(self) -> int:
+        """The number of runs, those of cells that are there already included."""
+        protocol = self.protocol
+        per_episode = sum(n_runs(protocol.methods, controls) for controls in self.subjects.values())
+        n_episodes = sum(len(draw.episodes) for draws in self.draws.values() for draw in draws)
+        n_searches = (protocol.lr == "auto") + protocol.lr_curve
+        per_search = len(protocol.methods) * len(protocol.grid)
+        return n_episodes * per_episode + n_searches * per_search * sum(map(len, self.tuning.values()))
+
+    def results(self) -> Results:
+        """Run or read all cells."""
+        rates, searched, curves, comparisons = [], [], [], []
+        for name in self.protocol.tasks:
+            found = self.searched(name)
+            chosen = self.rates(name, found)
+            searched.append(found)
+            rates += [{"task": name, "method": method, "lr": lr} for method, lr in chosen.items()]
+            comparisons += [c for draw in self.draws[name] for c in self.comparisons(draw, chosen)]
+            curves.append(self.curve(name))
+        whole = Comparison.concatenated(comparisons)
+        return Results(
+            self.protocol,
+            whole.frame,
+            whole.queries,
+            whole.gradients,
+            pd.DataFrame(rates),
+            pd.concat(searched, ignore_index=True),
+            pd.concat(curves, ignore_index=True),
+        )
+
+    def rates(self, task: str, searched: pd.DataFrame) -> dict[str, float]:
+        """The learning rate of every method on a task."""
+        protocol = self.protocol
+        if protocol.lr == "auto":
+            return choose(searched)
+        lr = PAPER[task].lr if isinstance(protocol.lr, str) else float(protocol.lr)
+        return dict.fromkeys(protocol.methods, lr)
+
+    def searched(self, task: str) -> pd.DataFrame:
+        """The search for learning rates on a task; nothing unless they are `"auto"`."""
+        if self.protocol.lr != "auto":
+            return pd.DataFrame()
+        return self._tune(f"{task}, learning rates", task, search)
+
+    def curve(self, task: str) -> pd.DataFrame:
+        """Similarity against learning rate on a task; nothing unless it is wanted."""
+        if not self.protocol.lr_curve:
+            return pd.DataFrame()
+        return self._tune(f"{task}, learning-rate curve", task, similarity_by_rate)
+
+    def _tune(self, about: str, task: str, measure: Callable[..., pd.DataFrame]) -> pd.DataFrame:
+        protocol, episodes = self.protocol, self.tuning[task]
+        key = {"names": [task, measure.__name__], "episodes": [episode.digest for episode in episodes], "grid": protocol.grid}
+
+        def make(tick: Callable[[], None]) -> dict[str, pd.DataFrame]:
+            frame = measure(
+                self.model,
+                episodes,
+                protocol.methods,
+                protocol.grid,
+                batch_size=self.batch_size,
+                on_run=tick,
+                **protocol.options,
+            )
+            return {"frame": frame}
+
+        count = len(episodes) * len(protocol.methods) * len(protocol.grid)
+        return self._cell(about, key, ("frame",), make, count)["frame"]
+
+    def comparisons(self, draw: _Draw, rates: Mapping[str, float]) -> Iterator[Comparison]:
+        """The comparisons of the model and its twins on one draw, in every order."""
+        for called, controls in self.subjects.items():
+            # Made when first needed: a run that goes on may need none.
+            subject = cache(partial(self._subject, called, draw.seed))
+            for episode in draw.episodes:
+                key = {
+                    "names": [episode.task, episode.seed, episode.order, called],
+                    "episode": episode.digest,
+                    "rates": rates,
+                    "controls": controls,
+                    "other": draw.other.digest if draw.other and "other_task" in controls else None,
+                    "keep": TWINS.get(called),
+                }
+                make = partial(self._compare, called, subject, controls, episode, draw.other, rates)
+                about = f"{episode.task}, seed {episode.seed}, order {episode.order}, {called}"
+                yield Comparison(**self._cell(about, key, PARTS, make, n_runs(self.protocol.methods, controls)))
+
+    def _subject(self, called: str, seed: int) -> HookedTransformer:
+        return self.model if called == "trained" else untrained_twin(self.model, seed=seed, keep=TWINS[called])
+
+    def _compare(
+        self,
+        called: str,
+        subject: Callable[[], HookedTransformer],
+        controls: tuple[Control, ...],
+        episode: Episode,
+        other: Episode | None,
+        rates: Mapping[str, float],
+        tick: Callable[[], None],
+    ) -> dict[str, pd.DataFrame]:
+        comparison = compare(
+            subject(),
+            episode,
+            self.protocol.methods,
+            lr=rates,
+            controls=controls,
+            other=other,
+            batch_size=self.batch_size,
+            called=called,
+            on_run=tick,
+            **self.protocol.options,
+        )
+        return {part: getattr(comparison, part) for part in PARTS}
+
+    def _cell(
+        self,
+        about: str,
+        key: Mapping[str, Any],
+        parts: Sequence[str],
+        make: Callable[[Callable[[], None]], dict[str, pd.DataFrame]],
+        count: int,
+    ) -> dict[str, pd.DataFrame]:
+        """Read or make a cell; report its runs one by one as they are made, and those that were not needed at once."""
+        ran = 0
+
+        def tick() -> None:
+            nonlocal ran
+            ran += 1
+            self.report(1, about)
+
+        protocol = self.protocol
+        key = {"model": self.fingerprint, "methods": protocol.methods, "options": {**protocol.options}, **key}
+        frames = cell(self.folder, about, key, parts, partial(make, tick))
+        if ran < count:
+            self.report(count - ran, about)
+        return frames

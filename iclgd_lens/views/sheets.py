@@ -1,0 +1,127 @@
+"""Tables of numbers, and their four forms: rich text for a terminal, Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from rich import box
+from rich.table import Table
+from tabulate import LATEX_ESCAPE_RULES, tabulate
+
+from iclgd_lens.files import written_whole
+
+LATEX_SIGNS = {"±": r"$\pm$", "−": r"$-$", "–": "--", "Δ": r"$\Delta$", "α": r"$\alpha$", "√": r"$\surd$"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column as people see it.
+
+    Attributes:
+        header: What stands above it.
+        value: The column of the numbers that is shown.
+        spread: A column whose number follows after ±, where it is defined.
+        low: With `high`, columns of an interval, shown in brackets where it is defined.
+        high: See `low`.
+        style: A format of Python's for numbers.
+    """
+
+    header: str
+    value: str
+    spread: str | None = None
+    low: str | None = None
+    high: str | None = None
+    style: str = "+.3f"
+
+    def shown(self, row: Any) -> str:
+        """Write this column's cell of a row."""
+        value = row[self.value]
+        if value is None or value != value:
+            return "–"
+        if isinstance(value, str):
+            return value
+        text = f"{value:{self.style}}" if isinstance(value, float) else str(value)
+        if self.spread and row[self.spread] == row[self.spread]:
+            text += f" ± {row[self.spread]:{self.style.lstrip('+')}}"
+        if self.low and self.high and row[self.low] == row[self.low]:
+            text += f" [{row[self.low]:{self.style}}, {row[self.high]:{self.style}}]"
+        return text.replace("-", "−") if isinstance(value, float) else text
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """A table: numbers, and how they are shown.
+
+    Attributes:
+        name: What its files are called.
+        title: What it is.
+        numbers: One row per row, unrounded; the CSV form.
+        columns: What people see of it.
+        note: What must be known to read it.
+    """
+
+    name: str
+    title: str
+    numbers: pd.DataFrame
+    columns: tuple[Column, ...]
+    note: str = ""
+
+    @property
+    def headers(self) -> list[str]:
+        """What stands above the columns."""
+        return [column.header for column in self.columns]
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """What people see, row by row."""
+        return [[column.shown(row) for column in self.columns] for row in self.numbers.to_dict("records")]
+
+    def rich(self) -> Table:
+        """The table for a terminal."""
+        table = Table(title=self.title, title_justify="left", title_style="bold", caption=self.note or None, caption_justify="left")
+        table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
+        for index, column in enumerate(self.columns):
+            text = index == 0 or (bool(len(self.numbers)) and isinstance(self.numbers[column.value].iloc[0], str))
+            table.add_column(column.header, justify="left" if text else "right", overflow="fold")
+        for row in self.cells:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """The table as GitHub's Markdown, with its title and note."""
+        escaped = [[cell.replace("|", r"\|") for cell in row] for row in self.cells]
+        body = tabulate(escaped, headers=self.headers, tablefmt="github", disable_numparse=True)
+        return "\n\n".join(filter(None, [f"**{self.title}**", body, self.note])) + "\n"
+
+    def latex(self) -> str:
+        """The table as a LaTeX `table` with `booktabs` rules, its title as the caption."""
+        body = tabulate(self.cells, headers=self.headers, tablefmt="latex_booktabs", disable_numparse=True)
+        caption = "".join(LATEX_ESCAPE_RULES.get(sign, sign) for sign in f"{self.title}. {self.note}".strip())
+        whole = "\n".join([r"\begin{table}", r"\centering", body, rf"\caption{{{caption}}}", r"\end{table}"]) + "\n"
+        for sign, command in LATEX_SIGNS.items():
+            whole = whole.replace(sign, command)
+        return whole
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the Markdown, LaTeX and CSV forms into a folder, and return their paths."""
+        forms: dict[Literal["md", "tex", "csv"], str] = {
+            "md": self.markdown(),
+            "tex": self.latex(),
+            "csv": self.numbers.to_csv(index=False),
+        }
+        paths = []
+        for suffix, text in forms.items():
+            path = folder / f"{self.name}.{suffix}"
+            with written_whole(path) as partial:
+                partial.write_text(text, encoding="utf-8")
+            paths.append(path)
+        return paths
+
+
+def joined(sheets: Sequence[Sheet]) -> str:
+    """The Markdown of several tables, one after the other."""
+    return "\n".join(sheet.markdown() for sheet in sheets)
