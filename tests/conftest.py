@@ -11,6 +11,10 @@ from iclgd_lens.data.episodes import Episode
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write the numbers of the golden run anew")
+
+
 @pytest.fixture(scope="session")
 def bundled() -> HookedTransformer:
     return load_model("bundled", device="cpu")

@@ -19,11 +19,11 @@ def small_demo(folder, *more: str):
 def test_demo_prints_its_tables_and_writes_tidy_results(tmp_path):
     result = small_demo(tmp_path / "out")
     assert result.exit_code == 0, result.output
-    for expected in ("FT by LCGD", "SimAOU_norm", "ZSL ref.", "α of h", "layer 3", "results.parquet", "no evidence"):
+    for expected in ("FT by LCGD", "SimAOU_norm", "SimAM, ZSL ref.", "α of h", "layer 3", "results.parquet", "no evidence"):
         assert expected in result.output
     frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
     assert set(frame["seed"]) == {0, 1}
-    assert not frame.duplicated(["seed", "model", "method", "control", "layer", "metric"]).any()
+    assert not frame.duplicated(["seed", "model", "method", "control", "subset", "layer", "metric"]).any()
 
 
 def test_demo_repeats_with_the_same_seed_and_changes_with_another(tmp_path):

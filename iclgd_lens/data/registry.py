@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -142,7 +143,7 @@ def load_task(name: str, data: str | Path | None = None) -> Task:
     task = make(data)
     if not isinstance(task, Task):
         raise TypeError(f"the maker of task {name!r} returned {type(task).__name__}, not a Task")
-    return task
+    return task if task.name == name else replace(task, name=name)
 
 
 def _entry_points() -> dict:

@@ -25,8 +25,8 @@ from iclgd_lens.experiments.comparison import Comparison, Rows, source_columns
 from iclgd_lens.experiments.measure import gradient_rows, output_rows, query_rows, rec2ftp_rows, run_rows, similarity_rows
 from iclgd_lens.metrics.controls import random_update
 from iclgd_lens.runs.activations import Activations, Kept, capture
-from iclgd_lens.updates.dual import LossOn, ParameterUpdate, Readout, Schedule
-from iclgd_lens.updates.gradient import ALL_PARAMETERS, gd, lcgd
+from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule
+from iclgd_lens.updates.gradient import gd, lcgd
 from iclgd_lens.updates.inject import Parameter
 from iclgd_lens.updates.random_weights import random_weights
 

@@ -18,7 +18,8 @@ from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.compare import METHODS, Method, Reference
 from iclgd_lens.metrics.agreement import accuracy, label_loss
 from iclgd_lens.runs.activations import capture
-from iclgd_lens.updates.gradient import ALL_PARAMETERS, DivergedError
+from iclgd_lens.updates.dual import ALL_PARAMETERS
+from iclgd_lens.updates.gradient import DivergedError
 
 GRID: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Two rates per decade, which span those of the paper with room on both sides."""

@@ -12,6 +12,7 @@ from iclgd_lens.experiments.compare import CONTROLS, METHODS, Control, Method, r
 from iclgd_lens.experiments.learning_rate import GRID, UPDATE_OPTIONS, held_out_seeds
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.models.untrained import Part
+from iclgd_lens.updates.dual import UpdateSettings
 
 Rate = Literal["auto", "paper"] | float
 
@@ -31,11 +32,13 @@ class Plan:
         seeds: The seeds of the demonstrations.
         k: The number of demonstrations, or `"fit"`.
         n_queries: The number of queries at most.
+        tuning_seeds: The held-out seeds that learning rates are chosen on.
     """
 
     seeds: tuple[int, ...]
     k: int | Literal["fit"]
     n_queries: int
+    tuning_seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Protocol:
         other_task: Where the control `"other_task"` takes demonstrations from; by default the next one of `tasks`.
         twins: Names out of `TWINS`.
         grid: The learning rates of `"auto"` and of the curve.
-        n_tuning_seeds: How many held-out draws `"auto"` and the curve use.
+        n_tuning_seeds: How many held-out draws `"auto"` and the curve use; by default 10 for bundled tasks and 3 for others.
         n_tuning_queries: How many queries each of those has at most.
         lr_curve: Whether to measure similarity against learning rate, on the held-out draws.
         options: How updates are made, as in `gd`: `loss_on`, `readout`, `schedule`, `epochs` and `parameters`.
@@ -75,7 +78,7 @@ class Protocol:
     other_task: str | None = None
     twins: tuple[str, ...] = tuple(TWINS)
     grid: tuple[float, ...] = GRID
-    n_tuning_seeds: int = 3
+    n_tuning_seeds: int | None = None
     n_tuning_queries: int = 64
     lr_curve: bool = False
     options: Mapping[str, Any] = field(default_factory=lambda: dict(UPDATE_OPTIONS))
@@ -92,12 +95,14 @@ class Protocol:
         require_known("twins", self.twins, tuple(TWINS))
         if not self.methods:
             raise ValueError(f"methods must be some of {', '.join(METHODS)}; got none")
-        for name in ("orders", "n_tuning_seeds", "n_tuning_queries", *(["n_queries"] if self.n_queries is not None else [])):
-            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name in ("orders", "n_queries", "n_tuning_seeds", "n_tuning_queries"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or value < 1):
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
         if self.seeds is not None and not self.seeds:
             raise ValueError("seeds must be at least one; got none")
         self._check_rate()
+        UpdateSettings("gd", 0.0, **self.options)  # which checks the options
         for task in self.tasks:
             self.other(task)
 
@@ -118,16 +123,13 @@ class Protocol:
     def plan(self, task: str) -> Plan:
         """What is run of a task, defaults filled in."""
         bundled = task in BUNDLED_TASKS
-        seeds = PAPER[task].seeds if task in PAPER else tuple(range(10 if bundled else 3))
+        seeds = self.seeds or (PAPER[task].seeds if task in PAPER else tuple(range(10 if bundled else 3)))
         return Plan(
-            seeds=self.seeds or seeds,
+            seeds=seeds,
             k=self.k or (12 if bundled else "fit"),
             n_queries=self.n_queries or (32 if bundled else 2000),
+            tuning_seeds=held_out_seeds(seeds, self.n_tuning_seeds or (10 if bundled else 3)),
         )
-
-    def tuning_seeds(self, task: str) -> tuple[int, ...]:
-        """The held-out seeds that learning rates are chosen on."""
-        return held_out_seeds(self.plan(task).seeds, self.n_tuning_seeds)
 
     def other(self, task: str) -> str | None:
         """The task that `"other_task"` takes demonstrations from; None without that control.

@@ -100,7 +100,7 @@ def reproduce(
         batch_size,
         on_runs or (lambda runs, about: None),
         {name: _draw(protocol, tasks, name, model) for name in protocol.tasks},
-        {name: _draw_for_tuning(protocol, tasks[name], model) for name in protocol.tasks},
+        {name: _draw_for_tuning(protocol, tasks[name], name, model) for name in protocol.tasks},
     )
     if on_total is not None:
         on_total(run.total())
@@ -136,11 +136,11 @@ def _draw(protocol: Protocol, tasks: Mapping[str, Task], name: str, model: Hooke
     return draws
 
 
-def _draw_for_tuning(protocol: Protocol, task: Task, model: HookedTransformer) -> list[Episode]:
+def _draw_for_tuning(protocol: Protocol, task: Task, name: str, model: HookedTransformer) -> list[Episode]:
     if protocol.lr != "auto" and not protocol.lr_curve:
         return []
-    held_out, k, n_queries = task.for_tuning(), protocol.plan(task.name).k, protocol.n_tuning_queries
-    return [held_out.episode(model, k=k, n_queries=n_queries, seed=seed) for seed in protocol.tuning_seeds(task.name)]
+    held_out, plan = task.for_tuning(), protocol.plan(name)
+    return [held_out.episode(model, k=plan.k, n_queries=protocol.n_tuning_queries, seed=seed) for seed in plan.tuning_seeds]
 
 
 @dataclass(frozen=True, eq=False)

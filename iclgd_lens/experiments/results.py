@@ -33,9 +33,9 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "cont
             `"subset"` for false-to-true queries beside all queries, else values are over all queries.
 
     Returns:
-        One row per group, in the frame's order: the columns of `by`, then `mean`, `sd` (over draws; NaN for a single one), `low` and `high` (a 95 %
-        t-interval of the mean, likewise), `episodes` (how many draws had a defined value) and `undefined` (values left out within
-        them).
+        One row per group, in the frame's order: the columns of `by`, then `mean`, `sd` (over draws; NaN for a single one), `low`
+        and `high` (a 95 % t-interval of the mean, likewise), `episodes` (how many draws had a defined value) and `undefined`
+        (values left out within them).
 
     Raises:
         ValueError: If values would be averaged over different options of the updates, such as learning rates within a task.

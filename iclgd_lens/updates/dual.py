@@ -8,9 +8,11 @@ it can be injected without touching a weight, materialised as ΔW, or attributed
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -32,6 +34,8 @@ LossOn = Literal["demonstration", "label"]
 Readout = Literal["vocab", "labels"]
 Schedule = Literal["online", "batch"]
 
+ALL_PARAMETERS: tuple[Parameter, ...] = get_args(Parameter)
+
 FILE_FORMAT = "iclgd_lens.ParameterUpdate/1"
 
 
@@ -47,6 +51,9 @@ class UpdateSettings:
         schedule: `"online"` or `"batch"`.
         epochs: Passes over the demonstrations.
         parameters: The parameters that were trained.
+
+    Raises:
+        ValueError: If an option is unknown, out of range or does not fit another.
     """
 
     method: Literal["gd", "lcgd"]
@@ -55,7 +62,24 @@ class UpdateSettings:
     readout: Readout
     schedule: Schedule
     epochs: int
-    parameters: tuple[Parameter, ...]
+    parameters: Sequence[Parameter]
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("loss_on", LossOn), ("readout", Readout), ("schedule", Schedule)):
+            if (given := getattr(self, name)) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(allowed)))}; got {given!r}")
+        if self.readout == "labels" and self.loss_on != "label":
+            raise ValueError("readout='labels' reads label tokens alone, so it needs loss_on='label'")
+        if not isinstance(self.lr, Real) or not math.isfinite(self.lr) or self.lr < 0:
+            raise ValueError(f"lr must be a number, finite and not negative; got {self.lr!r}")
+        if not isinstance(self.epochs, Integral) or self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs!r}")
+        names = (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
+        if not names or any(name not in ALL_PARAMETERS for name in names):
+            raise ValueError(f"parameters must be some of {', '.join(ALL_PARAMETERS)}; got {list(names)}")
+        # In the types that can be saved, whatever a caller's numbers were.
+        for field, value in (("lr", float(self.lr)), ("epochs", int(self.epochs)), ("parameters", names)):
+            object.__setattr__(self, field, value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +130,8 @@ class ParameterUpdate:
         return rearrange(flat, "d_model (head d_head) -> head d_model d_head", **head)
 
     def _flat_delta(self, name: Parameter, layer: int) -> Float[Tensor, "*d_model head_d_head"]:
-        if name not in get_args(Parameter):
-            raise ValueError(f"name must be one of {', '.join(get_args(Parameter))}; got {name!r}")
+        if name not in ALL_PARAMETERS:
+            raise ValueError(f"name must be one of {', '.join(ALL_PARAMETERS)}; got {name!r}")
         n_layers = len(self.inputs)
         if not -n_layers <= layer < n_layers:
             raise ValueError(f"layer={layer}, but the update has {n_layers} layers")
@@ -186,9 +210,8 @@ class ParameterUpdate:
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a saved update: {error}") from error
-        settings = json.loads(metadata["settings"])
-        settings["parameters"] = tuple(settings["parameters"])
-        return cls(**tensors, settings=UpdateSettings(**settings), fingerprint=metadata["fingerprint"])
+        settings = UpdateSettings(**json.loads(metadata["settings"]))
+        return cls(**tensors, settings=settings, fingerprint=metadata["fingerprint"])
 
 
 _TENSORS = ("inputs", "key_errors", "value_errors", "demonstration", "position", "gradient_norms", "losses")

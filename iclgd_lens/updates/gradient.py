@@ -23,10 +23,8 @@ depth.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +40,8 @@ from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import read_out
 from iclgd_lens.models.sites import HookSites, warn_if_processed
 from iclgd_lens.updates.backward import Gradients, Loss, layer_causal_gradients, output_gradients
-from iclgd_lens.updates.dual import LossOn, ParameterUpdate, Readout, Schedule, UpdateSettings
+from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule, UpdateSettings
 from iclgd_lens.updates.inject import Parameter, injection_hooks
-
-ALL_PARAMETERS: tuple[Parameter, ...] = get_args(Parameter)
 
 
 class DivergedError(ValueError):
@@ -89,7 +85,7 @@ def gd(
             window.
         DivergedError: If the update becomes non-finite (the message names the demonstration and the layer).
     """
-    settings = _settings("gd", lr, loss_on, readout, schedule, epochs, parameters)
+    settings = UpdateSettings("gd", lr, loss_on, readout, schedule, epochs, parameters)
     return _descend(model, demonstrations, settings, label_tokens, output_gradients)
 
 
@@ -109,7 +105,7 @@ def lcgd(
 
     Arguments, return value and errors are those of `gd`. The last layer's first step is `gd`'s.
     """
-    settings = _settings("lcgd", lr, loss_on, readout, schedule, epochs, parameters)
+    settings = UpdateSettings("lcgd", lr, loss_on, readout, schedule, epochs, parameters)
     return _descend(model, demonstrations, settings, label_tokens, layer_causal_gradients)
 
 
@@ -166,7 +162,7 @@ def _loss(
     return loss
 
 
-def _zero_deltas(sites: HookSites, parameters: tuple[Parameter, ...]) -> dict[str, Float[Tensor, "layer *shape"]]:
+def _zero_deltas(sites: HookSites, parameters: Sequence[Parameter]) -> dict[str, Float[Tensor, "layer *shape"]]:
     cfg = sites.model.cfg
     width = sites.n_kv_heads * cfg.d_head
     shapes = {name: (width,) if name.startswith("b") else (cfg.d_model, width) for name in parameters}
@@ -246,31 +242,6 @@ def _refuse_non_finite(norms: Float[Tensor, "layer"], settings: UpdateSettings, 
             f"lr={settings.lr:g} made the {settings.method} update non-finite at demonstration {number} of {count} (counted from "
             f"0), layer {layer}; use a smaller learning rate"
         )
-
-
-def _settings(
-    method: Literal["gd", "lcgd"],
-    lr: float,
-    loss_on: LossOn,
-    readout: Readout,
-    schedule: Schedule,
-    epochs: int,
-    parameters: Sequence[Parameter],
-) -> UpdateSettings:
-    """Validate what does not depend on the model or the demonstrations."""
-    for name, given, allowed in (("loss_on", loss_on, LossOn), ("readout", readout, Readout), ("schedule", schedule, Schedule)):
-        if given not in get_args(allowed):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(allowed)))}; got {given!r}")
-    if readout == "labels" and loss_on != "label":
-        raise ValueError("readout='labels' reads label tokens alone, so it needs loss_on='label'")
-    if not isinstance(lr, Real) or not math.isfinite(lr) or lr < 0:
-        raise ValueError(f"lr must be a number, finite and not negative; got {lr!r}")
-    if not isinstance(epochs, Integral) or epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs!r}")
-    names = (parameters,) if isinstance(parameters, str) else tuple(parameters)
-    if not names or any(name not in ALL_PARAMETERS for name in names):
-        raise ValueError(f"parameters must be some of {', '.join(ALL_PARAMETERS)}; got {list(names)}")
-    return UpdateSettings(method, float(lr), loss_on, readout, schedule, int(epochs), names)
 
 
 def _check(

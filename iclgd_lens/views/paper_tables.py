@@ -6,6 +6,8 @@ within a draw. Where the task is one of the paper's, its figures stand beside.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -17,7 +19,7 @@ from iclgd_lens.experiments.protocol import Protocol
 from iclgd_lens.experiments.reproduce import Results
 from iclgd_lens.experiments.results import interval, p_value, paired_differences, summarise
 from iclgd_lens.views.names import CONTROL_NAMES, METHOD_NAMES, METRIC_NAMES, RUN_NAMES, SUBSET_NAMES
-from iclgd_lens.views.sheets import Column, Sheet
+from iclgd_lens.views.sheets import P_VALUE, Column, Sheet
 
 SHOWN = ("sim_aou", "sim_aou_norm", "sim_am_delta")
 """The metrics of tables 1 and 2."""
@@ -35,6 +37,14 @@ def paper_tables(results: Results, model_name: str) -> list[Sheet]:
     if results.protocol.controls:
         sheets.append(control_table(frame))
     return [*sheets, claim_table(frame)]
+
+
+def brief(sheet: Sheet) -> Sheet:
+    """The rows over all tasks alone, of claims of a run of several; every other table as it is."""
+    numbers = sheet.numbers
+    if sheet.name == "claims" and OVER_TASKS in set(numbers["task"]):
+        return replace(sheet, numbers=numbers[numbers["task"] == OVER_TASKS], note=f"{sheet.note} Task by task in the files.")
+    return sheet
 
 
 def table1(frame: pd.DataFrame) -> Sheet:
@@ -75,7 +85,7 @@ def table2(frame: pd.DataFrame) -> Sheet:
         Column("GD", "gd", spread="gd sd"),
         Column("LCGD", "lcgd", spread="lcgd sd"),
         Column("LCGD − GD", "difference", low="low", high="high"),
-        Column("p", "p", style=".3f"),
+        Column("p", "p", style=P_VALUE),
         Column("draws", "draws"),
         Column("paper GD", "paper gd", style=".3f"),
         Column("paper LCGD", "paper lcgd", style=".3f"),
@@ -96,7 +106,7 @@ def table3(results: Results, model_name: str) -> Sheet:
             "model": model_name,
             "k": _span(of_task["k"]),
             "queries": _span(of_task["n_queries"]),
-            "seeds": ", ".join(map(str, sorted(of_task["seed"].unique()))),
+            "seeds": _listed(protocol.plan(task).seeds),
             "orders": of_task["order"].nunique(),
             **{f"lr {method}": float(rates[task, method]) for method in protocol.methods},
             "rates from": _rate_source(protocol, task),
@@ -169,8 +179,9 @@ def output_table(frame: pd.DataFrame, queries: pd.DataFrame) -> Sheet:
         Column("sd of acc.", "accuracy_sd", style=".3f"),
     )
     note = (
-        "As ICL: share of queries with ICL's prediction. JS: Jensen–Shannon divergence of the label distributions, nats. Order: over "
-        "orders of the same demonstrations, sd of a label's probability, share of queries whose prediction changes, sd of accuracy."
+        "As ICL: share of queries with ICL's prediction. JS: Jensen–Shannon divergence of the label distributions, nats. Order: "
+        "over orders of the same demonstrations, sd of a label's probability, share of queries whose prediction changes, sd of "
+        "accuracy."
     )
     return Sheet("outputs", "Outputs: ICL against finetuning", pd.DataFrame(rows), columns, note)
 
@@ -182,7 +193,10 @@ def control_table(frame: pd.DataFrame) -> Sheet:
     controls = [control for control in CONTROL_NAMES if control in set(chosen["control"])]
     table = _wide(chosen, ["metric", "method", "task"], "control", controls)
     columns = (*TEXT, *(Column(CONTROL_NAMES[control], control, spread=f"{control} sd") for control in controls))
-    note = "The update is replaced, in-context learning keeps the true demonstrations. A useful similarity is high in the first column only."
+    note = (
+        "The update is replaced, in-context learning keeps the true demonstrations. A similarity that says something about "
+        "learning falls off in the other columns."
+    )
     return Sheet("controls", "Controls", _named(table), columns, note)
 
 
@@ -194,7 +208,7 @@ def claim_table(frame: pd.DataFrame) -> Sheet:
     columns = (
         *(Column(name, name) for name in ("claim", "metric", "method", "twin", "task")),
         Column("mean [95 %]", "mean", low="low", high="high"),
-        Column("p", "p", style=".3f"),
+        Column("p", "p", style=P_VALUE),
         Column("draws", "draws"),
         Column("outcome", "outcome"),
     )
@@ -210,27 +224,22 @@ def _wide(frame: pd.DataFrame, by: list[str], across: str, order: list[str]) -> 
         {f"{value}{suffix}": table[(kind, value)] for value in order for kind, suffix in (("mean", ""), ("sd", " sd"))}
     )
     within = [column for column in by if column != "task"]
-    # In the frame's own order, not the alphabet's.
-    position = frame.groupby(by, sort=False).ngroup().groupby([frame[column] for column in by]).first()
-    flat = flat.loc[position.sort_values().index]
+    # Tasks in the frame's own order, not the alphabet's.
+    flat = flat.loc[list(dict.fromkeys(summary[by].itertuples(index=False, name=None)))]
     if frame["task"].nunique() > 1:
         over = flat.groupby(level=within, sort=False).mean() if within else flat.mean().to_frame().T
         over.loc[:, [f"{value} sd" for value in order]] = float("nan")
         over = over.assign(task=OVER_TASKS).set_index("task", append=True).reorder_levels(by)
         flat = pd.concat([flat, over])
-    ranks = {metric: rank for rank, metric in enumerate(METRIC_NAMES)}
-    return flat.reset_index().sort_values(
-        within,
-        key=lambda column: column.map(lambda value: ranks.get(value, -1)) if column.name == "metric" else column,
-        kind="stable",
-    )
+    ranks = {name: rank for rank, name in enumerate([*METRIC_NAMES, *METHOD_NAMES])}
+    return flat.reset_index().sort_values(within, key=lambda column: column.map(ranks), kind="stable")
 
 
 def _named(table: pd.DataFrame) -> pd.DataFrame:
     return table.replace({"metric": METRIC_NAMES, "method": METHOD_NAMES})
 
 
-def _paper_text(row: dict[str, Any]) -> str:
+def _paper_text(row: Mapping[Any, Any]) -> str:
     index = ["gd", "lcgd"].index(row["method"])
     if (figures := reported(row["task"], row["metric"])) is not None:
         return f"{figures[index]:.3f}"
@@ -247,7 +256,13 @@ def _span(values: pd.Series) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
+def _listed(seeds: Sequence[int]) -> str:
+    if len(seeds) > 3 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
 def _rate_source(protocol: Protocol, task: str) -> str:
     if protocol.lr == "auto":
-        return f"FT accuracy, then loss, on seeds {', '.join(map(str, protocol.tuning_seeds(task)))}"
+        return f"FT accuracy, then loss, on seeds {_listed(protocol.plan(task).tuning_seeds)}"
     return "the paper" if protocol.lr == "paper" else "given"

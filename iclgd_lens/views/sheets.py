@@ -16,6 +16,9 @@ from iclgd_lens.files import written_whole
 
 LATEX_SIGNS = {"±": r"$\pm$", "−": r"$-$", "–": "--", "Δ": r"$\Delta$", "α": r"$\alpha$", "√": r"$\surd$"}
 
+P_VALUE, SMALLEST_P = ".4f", 0.0001
+"""How p-values are written, and below which they only say so."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -44,6 +47,8 @@ class Column:
             return "–"
         if isinstance(value, str):
             return value
+        if self.style == P_VALUE and value < SMALLEST_P:
+            return f"< {SMALLEST_P}"
         text = f"{value:{self.style}}" if isinstance(value, float) else str(value)
         if self.spread and row[self.spread] == row[self.spread]:
             text += f" ± {row[self.spread]:{self.style.lstrip('+')}}"

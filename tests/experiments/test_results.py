@@ -7,12 +7,13 @@ from pandas.testing import assert_frame_equal
 from scipy import stats
 
 from iclgd_lens import paired_difference, summarise
-from iclgd_lens.experiments.results import interval, write_frame
+from iclgd_lens.experiments.results import interval, p_value, write_frame
 
 
 def rows(values: dict[int, list[float]], **about: object) -> pd.DataFrame:
     """A frame with one value per episode and layer."""
     base = {"task": "t", "k": 2, "model": "trained", "method": "gd", "control": "none", "metric": "sim_aou", "undefined": 1}
+    base |= {"subset": "all", "order": 0}
     return pd.DataFrame(
         [
             base | about | {"seed": seed, "layer": layer, "value": value}
@@ -79,3 +80,32 @@ def test_frames_are_written_whole(tmp_path):
     path = write_frame(frame, tmp_path / "deep" / "results.parquet")
     assert_frame_equal(pd.read_parquet(path), frame)
     assert [file.name for file in path.parent.iterdir()] == ["results.parquet"]
+
+
+def test_orders_are_averaged_within_a_draw_and_give_the_sd_no_more_values():
+    frame = pd.concat([rows({0: [0.1], 1: [0.5]}), rows({0: [0.3], 1: [0.9]}, order=1)])
+    (row,) = summarise(frame).to_dict("records")
+    assert row["mean"] == pytest.approx(0.45)
+    assert row["sd"] == pytest.approx(np.std([0.2, 0.7], ddof=1))
+    assert row["episodes"] == 2
+
+
+def test_values_are_over_all_queries_unless_subsets_are_told_apart():
+    frame = pd.concat([rows({0: [0.1]}), rows({0: [0.9]}, subset="false_to_true")])
+    assert summarise(frame)["mean"].tolist() == [0.1]
+    assert summarise(frame, by=["subset"])["mean"].tolist() == [0.1, 0.9]
+
+
+def test_every_task_may_have_a_learning_rate_of_its_own():
+    frame = pd.concat([rows({0: [0.1]}, lr=0.1), rows({0: [0.3]}, lr=1.0, task="u")])
+    assert summarise(frame)["mean"].tolist() == pytest.approx([0.2])
+
+
+@pytest.mark.parametrize("differences", [[0.1, 0.3, -0.2, 0.4], [0.1, float("nan"), 0.3]])
+def test_p_value_is_that_of_a_paired_t_test(differences: list[float]):
+    defined = [value for value in differences if value == value]
+    assert p_value(np.array(differences)) == pytest.approx(stats.ttest_rel(defined, np.zeros(len(defined))).pvalue)
+
+
+def test_one_difference_has_no_p_value():
+    assert np.isnan(p_value(np.array([0.5])))

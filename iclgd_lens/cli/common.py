@@ -1,0 +1,82 @@
+"""What the commands share: the console, options, checks at the entrance, progress and errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+# Where nobody watches, as in a pipe, tables need not fold to 80 columns.
+console = Console(width=None if Console().is_terminal or "COLUMNS" in os.environ else 160)
+errors = Console(stderr=True)
+
+MOST_SEED = 2**31 - 1
+
+Device = Annotated[str | None, typer.Option(help="A torch device, such as cpu or cuda. By default CUDA where there is one.")]
+LossOn = Annotated[
+    Literal["demonstration", "label"], typer.Option(help="Take the loss on the whole demonstration or on its label alone.")
+]
+Readout = Annotated[
+    Literal["vocab", "labels"],
+    typer.Option(help="Read losses out over the vocabulary, or over the label words' tokens (needs --loss-on label)."),
+]
+
+
+def listed(values: Iterable[int]) -> str:
+    """Write the distinct numbers, as in "2 or 3"."""
+    return " or ".join(map(str, sorted(set(values))))
+
+
+def parse_k(k: str) -> int | Literal["fit"]:
+    """Read a number of demonstrations, or 'fit'.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if k == "fit":
+        return "fit"
+    try:
+        return int(k)
+    except ValueError:
+        raise ValueError(f"k must be a number of demonstrations or 'fit', got {k!r}") from None
+
+
+def require_writable(file: Path) -> None:
+    """Find out before any work is done whether a file can be written."""
+    if file.is_dir():
+        raise IsADirectoryError(f"cannot write {file}: it is a folder")
+    nearest = next(folder for folder in file.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"cannot write {file}: {nearest} is a file, not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"cannot write {file}: no permission to write in {nearest}")
+
+
+def progress_bar() -> Progress:
+    """A bar that is gone when the work is done."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+@contextmanager
+def errors_for_people() -> Iterator[None]:
+    """Turn errors about values and files into one line and exit status 2; others are defects and keep their trace."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        errors.print("[bold red]error:[/bold red]", Text(str(error)))
+        raise typer.Exit(2) from error

@@ -1,0 +1,228 @@
+"""The paper's figures and the learning-rate curve, as plotly figures of tidy frames (Deutch et al. 2024, Figures 2 to 4).
+
+Every function takes frames as `compare` or `reproduce` return them and gives a `Figure`; nothing is shown or written. Means and
+standard deviations are over draws of demonstrations. GD is blue and LCGD orange everywhere; untrained twins are dotted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from plotly import graph_objects as go
+from plotly.subplots import make_subplots
+
+from iclgd_lens.experiments.results import summarise
+from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES
+
+COLOURS = {"gd": "#0072B2", "lcgd": "#D55E00", "alpha_aou": "#009E73", "alpha_am": "#CC79A7"}
+"""From the palette of Okabe and Ito, which is safe for the colour-blind."""
+DOTS = ("dot", "dash", "dashdot")
+
+SIMILARITIES = ("sim_aou", "sim_am_delta")
+
+
+def alpha_figure(frame: pd.DataFrame) -> go.Figure:
+    """α per task, averaged over layers, of attention outputs and of attention scores (Figure 2).
+
+    Raises:
+        ValueError: If the frame has no α, which needs both methods.
+    """
+    chosen = _only(frame, ["alpha_aou", "alpha_am"], model="trained", control="none")
+    summary = summarise(chosen, by=["task", "metric"])
+    figure = go.Figure()
+    for metric, group in summary.groupby("metric", sort=False):
+        figure.add_bar(
+            x=group["task"],
+            y=group["mean"],
+            error_y=_error_bars(group),
+            name=METRIC_NAMES[str(metric)],
+            marker_color=COLOURS[str(metric)],
+        )
+    title = f"α: how alike the updates of LCGD and GD are ({_draws(chosen)}, mean ± sd)"
+    figure.update_layout(title=title, yaxis_title="cosine, mean over layers", barmode="group")
+    return _styled(figure)
+
+
+def layer_figure(frame: pd.DataFrame) -> go.Figure:
+    """SimAOU and SimAM_Δ layer by layer with error bars, GD beside LCGD, untrained twins as dotted lines (Figure 3).
+
+    Raises:
+        ValueError: If the frame has neither metric.
+    """
+    chosen = _only(frame, SIMILARITIES, control="none")
+    by = ["task", "metric", "model", "method", "layer"]
+    summary = summarise(chosen, by=by)
+    tasks = list(chosen["task"].unique())
+    figure = _grid(tasks, [METRIC_NAMES[metric] for metric in SIMILARITIES], x_title="layer", y_title="cosine")
+    twins = [model for model in chosen["model"].unique() if model != "trained"]
+    for keys, group in summary.groupby(by[:-1], sort=False):
+        task, metric, model, method = map(str, keys)
+        place = {"row": tasks.index(task) + 1, "col": SIMILARITIES.index(metric) + 1}
+        first = place == {"row": 1, "col": 1}
+        if model == "trained":
+            figure.add_bar(
+                x=group["layer"],
+                y=group["mean"],
+                error_y=_error_bars(group),
+                name=METHOD_NAMES[method],
+                legendgroup=method,
+                showlegend=first,
+                marker_color=COLOURS[method],
+                **place,
+            )
+        else:
+            figure.add_scatter(
+                x=group["layer"],
+                y=group["mean"],
+                mode="lines+markers",
+                line={"color": COLOURS[method], "dash": DOTS[twins.index(model) % len(DOTS)], "width": 1.5},
+                marker={"line": {"color": "white", "width": 1}},
+                name=f"{METHOD_NAMES[method]}, {model}",
+                legendgroup=f"{method} {model}",
+                showlegend=first,
+                **place,
+            )
+    figure.update_xaxes(dtick=max(1, int(chosen["layer"].max()) // 12))
+    figure.update_layout(title=f"Similarity of updates to ICL by layer ({_draws(chosen)}, mean ± sd)", barmode="group")
+    return _styled(figure, rows=len(tasks))
+
+
+def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
+    """ℓ2 norms of the gradients, layer by demonstration, GD beside LCGD, the latter on a log scale (Figure 4).
+
+    Raises:
+        ValueError: If the frame has no gradients of the trained model.
+    """
+    chosen = gradients[gradients["model"] == "trained"]
+    if chosen.empty:
+        raise ValueError("the frame has no gradient norms of a trained model")
+    tasks, methods = list(chosen["task"].unique()), [method for method in METHOD_NAMES if method in set(chosen["method"])]
+    titles = [METHOD_NAMES[method] + (", log scale" if method == "lcgd" else "") for method in methods]
+    figure = _grid(tasks, titles, x_title="demonstration", y_title="layer", gap=0.16)
+    for keys, group in chosen.groupby(["task", "method"], sort=False):
+        task, method = map(str, keys)
+        row, column = tasks.index(task) + 1, methods.index(method) + 1
+        norms = group.pivot_table(index="layer", columns="step", values="gradient_norm", aggfunc="mean")
+        values = norms.to_numpy()
+        log = method == "lcgd"
+        # Logarithms of zero stay blank.
+        shown = np.log10(np.where(values > 0, values, np.nan)) if log else values
+        x_domain = figure.get_subplot(row, column).xaxis.domain
+        y_domain = figure.get_subplot(row, column).yaxis.domain
+        bar = {
+            "x": x_domain[1] + 0.005,
+            "xanchor": "left",
+            "y": sum(y_domain) / 2,
+            "len": y_domain[1] - y_domain[0],
+            "thickness": 12,
+        }
+        if log:
+            low, high = np.nanmin(shown), np.nanmax(shown)
+            ticks = [digit * 10.0**power for power in range(int(low) - 2, int(high) + 2) for digit in (1, 2, 5)]
+            ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
+            bar |= {"tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]}
+        figure.add_heatmap(
+            x=norms.columns,
+            y=norms.index,
+            z=shown,
+            customdata=values,
+            hovertemplate="layer %{y}, demonstration %{x}: %{customdata:.3g}<extra></extra>",
+            colorscale="Cividis",
+            colorbar=bar,
+            row=row,
+            col=column,
+        )
+    figure.update_layout(title=f"ℓ2 norms of the gradients, mean over {_draws(chosen, True)}")
+    return _styled(figure, rows=len(tasks))
+
+
+def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Figure:
+    """SimAOU, SimAM_Δ and accuracy after finetuning against the learning rate, GD beside LCGD.
+
+    Args:
+        curve: What `similarity_by_rate` found.
+        rates: The learning rates in use, with columns `task`, `method` and `lr`, to be marked.
+
+    Raises:
+        ValueError: If the frame has none of the metrics.
+    """
+    metrics = (*SIMILARITIES, "accuracy")
+    chosen = _only(curve, metrics, control="none")
+    by = ["task", "metric", "method", "lr"]
+    summary = summarise(chosen, by=by).sort_values(by)
+    tasks = list(chosen["task"].unique())
+    titles = [METRIC_NAMES.get(metric, f"{metric} after finetuning") for metric in metrics]
+    figure = _grid(tasks, titles, x_title="learning rate", y_title="")
+    for keys, group in summary.groupby(by[:-1], sort=False):
+        task, metric, method = map(str, keys)
+        place = {"row": tasks.index(task) + 1, "col": metrics.index(metric) + 1}
+        figure.add_scatter(
+            x=group["lr"],
+            y=group["mean"],
+            error_y=_error_bars(group),
+            mode="lines+markers",
+            line={"color": COLOURS[method]},
+            name=METHOD_NAMES[method],
+            legendgroup=method,
+            showlegend=place == {"row": 1, "col": 1},
+            **place,
+        )
+    for used in [] if rates is None else rates.to_dict("records"):
+        for column in range(len(metrics)):
+            figure.add_vline(
+                used["lr"],
+                line={"color": COLOURS[used["method"]], "dash": "dot", "width": 1},
+                row=tasks.index(used["task"]) + 1,
+                col=column + 1,
+            )
+    figure.update_xaxes(type="log", dtick=1, exponentformat="power")
+    figure.update_layout(title=f"Similarity against learning rate ({_draws(chosen)}, mean ± sd; dotted: in use)")
+    return _styled(figure, rows=len(tasks))
+
+
+def _only(frame: pd.DataFrame, metrics: Sequence[str], **where: str) -> pd.DataFrame:
+    chosen = frame[frame["metric"].isin(metrics) & (frame["subset"] == "all")]
+    for column, value in where.items():
+        chosen = chosen[chosen[column] == value]
+    if chosen.empty:
+        raise ValueError(f"the frame has no rows of {' or '.join(metrics)}")
+    # Runs without an update have no rate and no place here.
+    return chosen[chosen["method"].isin(METHOD_NAMES)]
+
+
+def _error_bars(group: pd.DataFrame) -> dict[str, object]:
+    return {"type": "data", "array": group["sd"], "thickness": 1, "width": 2}
+
+
+def _draws(frame: pd.DataFrame, inside: bool = False) -> str:
+    per_task = frame.groupby("task", sort=False)["seed"].nunique()
+    low, high = per_task.min(), per_task.max()
+    count = str(low) if low == high else f"{low} to {high}"
+    return f"{'' if inside else 'n = '}{count} draw{'s' if high > 1 else ''}{' per task' if len(per_task) > 1 else ''}"
+
+
+def _grid(rows: Sequence[str], columns: Sequence[str], *, x_title: str, y_title: str, gap: float = 0.08) -> go.Figure:
+    return make_subplots(
+        rows=len(rows),
+        cols=len(columns),
+        subplot_titles=[f"{row}: {column}" if len(rows) > 1 else column for row in rows for column in columns],
+        x_title=x_title,
+        y_title=y_title,
+        horizontal_spacing=gap,
+        vertical_spacing=0.3 / max(len(rows), 2),
+    )
+
+
+def _styled(figure: go.Figure, rows: int = 1) -> go.Figure:
+    figure.update_annotations(font_size=14)
+    figure.update_layout(
+        template="plotly_white",
+        width=1000,
+        height=220 + 250 * rows,
+        title_font_size=16,
+        margin={"t": 90, "b": 110, "l": 80, "r": 60},
+        legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0.5, "xanchor": "center"},
+    )
+    return figure

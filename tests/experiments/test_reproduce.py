@@ -1,0 +1,186 @@
+"""A whole run: offline, resumed, and with numbers that only change on purpose."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from transformer_lens import HookedTransformer
+
+from iclgd_lens import load_model, untrained_twin
+from iclgd_lens.data.registry import load_task
+from iclgd_lens.experiments import reproduce as running
+from iclgd_lens.experiments.compare import CONTROLS, compare
+from iclgd_lens.experiments.protocol import TWINS, Protocol
+from iclgd_lens.experiments.reproduce import FRAMES, reproduce
+from iclgd_lens.experiments.setting import write_setting
+
+GOLDEN = Path(__file__).parent / "golden.csv"
+
+SMALL = Protocol(
+    ("bundled/remapped", "bundled/natural"),
+    seeds=(0, 1),
+    k=4,
+    n_queries=6,
+    orders=2,
+    controls=CONTROLS,
+    grid=(0.01, 0.1, 1.0),
+    n_tuning_seeds=2,
+    n_tuning_queries=6,
+    lr_curve=True,
+)
+
+
+@pytest.fixture(scope="module")
+def double() -> HookedTransformer:
+    return load_model("bundled", device="cpu", dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def results(double: HookedTransformer, tmp_path_factory: pytest.TempPathFactory) -> running.Results:
+    return reproduce(double, SMALL, tmp_path_factory.mktemp("run"))
+
+
+def test_golden_run(results: running.Results, request: pytest.FixtureRequest):
+    """Numbers of a fixed run. A change of them must be on purpose; `pytest --write-golden` writes them anew."""
+    columns = ["model", "method", "lr", "control", "subset", "metric", "layer", "n", "value"]
+    one = results.frame.query("task == 'bundled/remapped' and seed == 0 and order == 1")
+    if request.config.getoption("--write-golden"):
+        one[columns].to_csv(GOLDEN, index=False, float_format="%.6f")
+    found = one[columns].reset_index(drop=True).astype({"layer": "float64"})
+    assert_frame_equal(found, pd.read_csv(GOLDEN), check_dtype=False, atol=1e-4, rtol=0)
+
+
+def test_every_task_seed_order_and_model_is_there_with_its_controls(results: running.Results):
+    frame = results.frame
+    cells = frame[["task", "seed", "order", "model"]].drop_duplicates()
+    assert len(cells) == 2 * 2 * 2 * 3
+    assert set(frame["model"]) == {"trained", *TWINS}
+    controls = frame.groupby("model")["control"].unique().map(set).to_dict()
+    assert controls == {"trained": {"none", *CONTROLS}, **{twin: {"none", "random"} for twin in TWINS}}
+
+
+def test_a_cell_is_what_compare_finds_on_that_episode(double: HookedTransformer, results: running.Results):
+    episode = load_task("bundled/natural").episode(double, k=4, n_queries=6, seed=1, order=1)
+    rates = results.rates[results.rates["task"] == "bundled/natural"].set_index("method")["lr"].to_dict()
+    twin = untrained_twin(double, seed=1, keep=("ln",))
+    called = "untrained, ln kept"
+    alone = compare(twin, episode, lr=rates, called=called).frame
+    cell = results.frame[(results.frame["model"] == called) & (results.frame["task"] == "bundled/natural")]
+    cell = cell[(cell["seed"] == 1) & (cell["order"] == 1)].reset_index(drop=True)
+    assert_frame_equal(cell, alone, atol=1e-9)
+
+
+def test_rates_are_those_that_the_search_chooses(results: running.Results):
+    assert len(results.searched) == 2 * 2 * 3 * 2
+    assert not set(results.searched["seed"]) & {0, 1}
+    used = results.frame.dropna(subset="lr").groupby(["task", "method"])["lr"].unique()
+    for row in results.rates.to_dict("records"):
+        assert used[row["task"], row["method"]].tolist() == [row["lr"]]
+        assert row["lr"] in SMALL.grid
+
+
+def test_the_curve_is_on_held_out_draws(results: running.Results):
+    assert set(results.curve["lr"]) == set(SMALL.grid)
+    assert not set(results.curve["seed"]) & {0, 1}
+
+
+ONE = Protocol(("bundled/remapped",), seeds=(0, 1), k=4, n_queries=3, orders=1, lr=0.01)
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
+    bundled: HookedTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = reproduce(bundled, ONE, tmp_path / "whole")
+    made: list[str] = []
+
+    def counting(*arguments, **options):
+        made.append(options["called"])
+        return compare(*arguments, **options)
+
+    def stopping(*arguments, **options):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return counting(*arguments, **options)
+
+    monkeypatch.setattr(running, "compare", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(bundled, ONE, tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "frame.parquet").exists()
+    monkeypatch.setattr(running, "compare", counting)
+    again = reproduce(bundled, ONE, tmp_path / "stopped")
+    assert len(made) == 6
+    for part in FRAMES:
+        assert_frame_equal(getattr(again, part), getattr(whole, part))
+        if part not in ("searched", "curve"):
+            assert_frame_equal(pd.read_parquet(tmp_path / "stopped" / f"{part}.parquet"), getattr(whole, part))
+    reproduce(bundled, ONE, tmp_path / "stopped")
+    assert len(made) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "n_made"),
+    [
+        ({"lr": 0.02}, 6),
+        ({"k": 3}, 6),
+        ({"n_queries": 2}, 6),
+        ({"controls": ()}, 6),
+        ({"seeds": (0, 2)}, 3),
+        ({"orders": 2}, 6),
+        ({"twins": ()}, 0),
+        ({"methods": ("gd",)}, 6),
+    ],
+    ids=str,
+)
+def test_only_what_an_option_touches_is_made_anew(bundled, tmp_path, monkeypatch, change, n_made):
+    reproduce(bundled, ONE, tmp_path)
+    made = []
+
+    def counting(*arguments, **options):
+        made.append(options["called"])
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(running, "compare", counting)
+    reproduce(bundled, Protocol(**{**ONE.__dict__, **change}), tmp_path)
+    assert len(made) == n_made
+
+
+def test_another_model_s_cells_are_never_taken(bundled, twin, tmp_path):
+    first = reproduce(bundled, ONE, tmp_path).frame
+    other = reproduce(twin, ONE, tmp_path).frame
+    assert not first["value"].equals(other["value"])
+
+
+def test_progress_adds_up_to_the_total_whether_cells_are_made_or_there(bundled, tmp_path):
+    totals: list[int] = []
+    runs: list[int] = []
+    for times in (1, 2):
+        reproduce(bundled, ONE, tmp_path, on_total=totals.append, on_runs=lambda n, about: runs.append(n))
+        assert totals == [6 * (2 + 2 * 2)] * times
+        assert sum(runs) == sum(totals)
+
+
+def test_bad_tasks_show_before_anything_runs_or_is_written(bundled, tmp_path):
+    with pytest.raises(ValueError, match="longer than the model's context window"):
+        reproduce(bundled, Protocol(("bundled/natural", "bundled/remapped"), k=4000, lr=0.1), tmp_path / "out")
+    with pytest.raises(OSError, match="data folder"):
+        reproduce(bundled, Protocol(("bundled/natural", "sst2"), lr=0.1), tmp_path / "out", data=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_is_left_as_it_was(bundled, tmp_path):
+    before = {name: parameter.clone() for name, parameter in bundled.named_parameters()}
+    reproduce(bundled, ONE, tmp_path)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in bundled.named_parameters())
+    assert not any(point.fwd_hooks or point.bwd_hooks for point in bundled.hook_dict.values())
+
+
+def test_the_setting_says_what_was_run(bundled, tmp_path):
+    write_setting(tmp_path / "setting.json", bundled, "bundled", SMALL)
+    setting = json.loads((tmp_path / "setting.json").read_text())
+    assert setting["model"]["name"] == "bundled"
+    assert setting["protocol"]["grid"] == [0.01, 0.1, 1.0]
+    assert setting["plans"]["bundled/natural"]["tuning_seeds"] == [1000, 1001]
+    assert setting["versions"]["torch"] == torch.__version__
