@@ -28,10 +28,10 @@ def asked(what: str, instead: str) -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         yield
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
+    except Exception as error:  # of the library, of its HTTP client, of the file system
+        reason = (str(error) or type(error).__name__).strip().split("\n", maxsplit=1)[0].rstrip(".")
         raise OSError(
-            f"cannot load {what} from the hub or its local cache: {reason} Without a connection: {instead}"
+            f"cannot load {what} from the hub or its local cache: {reason}. Without a connection: {instead}"
             " With what is needed in the cache already, HF_HUB_OFFLINE=1 saves the wait."
         ) from error
     finally:

@@ -28,7 +28,10 @@ def demo(
         int, typer.Option(min=1, help="Episodes, each with demonstrations, queries, label words and an untrained twin of its own.")
     ] = 20,
     queries: Annotated[int, typer.Option(min=1, help="Queries per episode.")] = 32,
-    lr: Annotated[float, typer.Option(help="Learning rate of GD and LCGD; the similarities depend on it.")] = 0.01,
+    lr: Annotated[
+        float,
+        typer.Option(help="Learning rate of GD and LCGD. The default is what iclgd reproduce --lr auto chooses on held-out draws."),
+    ] = 0.3,
     loss_on: LossOn = "demonstration",
     readout: Readout = "vocab",
     seed: Annotated[

@@ -152,6 +152,13 @@ def _show(results: Results, name: str, out: Path, pictures: bool) -> None:
     )
     if problem:
         console.print(problem, soft_wrap=True, markup=False)
+    if diverged := len(results.problems):
+        first = results.problems["problem"].iloc[0]
+        console.print(
+            f"Updates that diverged and have no rows: {diverged}, listed in problems.parquet. The first: {first}",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def _tasks(given: Sequence[str] | None, model: str, bundled: tuple[str, ...], paper: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,11 +44,24 @@ class Episode:
         return len(self.demonstrations)
 
     def reordered(self, order: int) -> Episode:
-        """The same demonstrations in the order of this number, of those that the draw's seed has; for an episode in order 0."""
-        if not order:
+        """The same demonstrations in another of their orders: those of numbers 1, 2, … differ from each other and from order 0.
+
+        Raises:
+            ValueError: If the demonstrations have no more orders, or are not in order 0.
+        """
+        if order == self.order:
             return self
-        rng = random.Random(f"{self.task}/{self.seed}/order/{order}")
-        return replace(self, demonstrations=tuple(shuffled(rng, self.demonstrations)), order=order)
+        if self.order:
+            raise ValueError(f"this episode is in order {self.order}; reorder the one in order 0")
+        if order >= math.factorial(self.k):
+            raise ValueError(f"order={order}, but {self.k} demonstrations have only {math.factorial(self.k)} orders, from 0")
+        rng = random.Random(f"{self.task}/{self.seed}/order")
+        seen = [list(range(self.k))]
+        while len(seen) <= order:
+            drawn = shuffled(rng, range(self.k))
+            if drawn not in seen:
+                seen.append(drawn)
+        return replace(self, demonstrations=tuple(self.demonstrations[index] for index in seen[order]), order=order)
 
     @property
     def digest(self) -> str:

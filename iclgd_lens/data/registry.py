@@ -102,7 +102,7 @@ def register_task(name: str, make: Maker) -> None:
     Raises:
         ValueError: If the name is taken by another task.
     """
-    if _MAKERS.get(name, make) is not make:
+    if _MAKERS.get(name, make) is not make or name in _entry_points():
         raise ValueError(f"there is a task {name!r} already; choose another name")
     _MAKERS[name] = make
 

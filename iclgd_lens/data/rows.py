@@ -38,8 +38,11 @@ def checked_examples(
     """
     # By text, since a CSV file has no numbers: its "1" is the label 1.
     class_of = {str(value): index for index, value in enumerate(table)}
+    class_of |= {str(value).lower(): index for index, value in enumerate(table) if isinstance(value, bool)}
     examples = []
     for number, row in enumerate(rows, start=1):
+        if None in row:  # where a reader of CSV puts what has no header
+            raise ValueError(f"{source}, row {number}: more values than the header has columns; quote texts that hold commas")
         for column in (*prompt_format.fields, label_column):
             if column not in row:
                 raise ValueError(f"{source}, row {number}: no column {column!r}; it has {', '.join(map(str, row))}")

@@ -67,7 +67,7 @@ class Source:
             ValueError: If a file cannot be read, lacks a column or has an unknown label (the message names file, row and column).
         """
         folder = data or os.environ.get(DATA_VARIABLE)
-        read = self._read_hub if folder is None else lambda split: _read_file(name, Path(folder), split)
+        read = self._read_hub if not folder else lambda split: _read_file(name, Path(folder), split)
         (rows, source), (query_rows, query_source) = read(self.train), read(self.queries)
         labels: Mapping[Any, str] | Sequence[str] = self.labels
         return Task.from_rows(

@@ -58,20 +58,20 @@ class Task:
         format: How rows are written as prompts.
         draw: Draws demonstrations and queries.
         most: How many demonstrations `k="fit"` draws before it keeps those that fit.
-        draw_to_tune: The same with queries that no episode is reported on; None where every seed has queries of its own.
+        tuning: The same with queries that no episode is reported on; None where every seed has queries of its own.
     """
 
     name: str
     format: PromptFormat
     draw: Drawing
     most: int = MOST_DEMONSTRATIONS
-    draw_to_tune: Drawing | None = None
+    tuning: Task | None = None
 
     def for_tuning(self) -> Task:
         """The task to choose options on, such as a learning rate: where all episodes share a split of queries, its queries come
         from the rows of the demonstrations instead. Take other seeds than those that are reported, too.
         """
-        return replace(self, draw=self.draw_to_tune or self.draw)
+        return self if self.tuning is None else replace(self.tuning, name=self.name)
 
     def episode(
         self, model: HookedTransformer, k: int | Literal["fit"] = 12, n_queries: int = 64, seed: int = 0, order: int = 0
@@ -83,7 +83,8 @@ class Task:
             k: The number of demonstrations, or `"fit"`: up to `most`, as many as fit the context window with the longest query.
             n_queries: The number of queries, at most; a file may hold fewer.
             seed: Seeds the draw.
-            order: 0 for the demonstrations in the order in which they were drawn, 1, 2, … for the same in other orders.
+            order: 0 for the demonstrations in the order in which they were drawn, 1, 2, … for the same in other orders
+                (`Episode.reordered`).
 
         Raises:
             ValueError: If k or `n_queries` is below 1 or `order` below 0, the task has too few rows, the model has no tokenizer,
@@ -164,9 +165,10 @@ class Task:
                 raise ValueError(f"task {name!r} has {len(pool)} rows: after k={k} demonstrations none is left for queries")
             return Draw(label_words, tuple(order[:k]), tuple(queries))
 
+        # Half of the rows at least are left for queries.
+        from_pool = cls(name, prompt_format, draw_from_pool, most=min(MOST_DEMONSTRATIONS, max(1, len(pool) // 2)))
         if query_rows is None:
-            # Half of the rows at least are left for queries.
-            return cls(name, prompt_format, draw_from_pool, most=min(MOST_DEMONSTRATIONS, max(1, len(pool) // 2)))
+            return from_pool
         queries = shuffled(
             random.Random(f"{name}/queries"), checked_examples(query_rows, query_source, prompt_format, table, label_column)
         )
@@ -175,7 +177,7 @@ class Task:
             order = shuffled(random.Random(f"{name}/{seed}"), pool)
             return Draw(label_words, tuple(order[:k]), tuple(queries[:n_queries]))
 
-        return cls(name, prompt_format, draw, most=min(MOST_DEMONSTRATIONS, len(pool)), draw_to_tune=draw_from_pool)
+        return cls(name, prompt_format, draw, most=min(MOST_DEMONSTRATIONS, len(pool)), tuning=from_pool)
 
     @classmethod
     def from_csv(cls, path: str | Path, *, query_path: str | Path | None = None, **options: Any) -> Task:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from transformer_lens import HookedTransformer
 
@@ -26,7 +26,7 @@ from iclgd_lens.experiments.measure import gradient_rows, output_rows, query_row
 from iclgd_lens.metrics.controls import random_update
 from iclgd_lens.runs.activations import Activations, Kept, capture
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule
-from iclgd_lens.updates.gradient import gd, lcgd
+from iclgd_lens.updates.gradient import DivergedError, gd, lcgd
 from iclgd_lens.updates.inject import Parameter
 from iclgd_lens.updates.random_weights import random_weights
 
@@ -45,6 +45,8 @@ Control = Literal["random", "random_weights", "shuffled_labels", "permuted", "ot
 A control that has nothing to change (one demonstration to permute, labels that are all alike) has no rows.
 """
 CONTROLS: tuple[Control, ...] = get_args(Control)
+
+T = TypeVar("T")
 
 KEEP: tuple[Kept, ...] = ("attn_out", "query_scores", "label_log_probs")
 
@@ -65,6 +67,7 @@ def compare(
     parameters: Sequence[Parameter] = ALL_PARAMETERS,
     batch_size: int = 32,
     called: str = "trained",
+    if_diverged: Literal["raise", "record"] = "raise",
     on_run: Callable[[], None] | None = None,
 ) -> Comparison:
     """Compare what demonstrations do in-context with what gradient steps on them do.
@@ -84,12 +87,14 @@ def compare(
         parameters: See `loss_on`.
         batch_size: As in `capture`.
         called: What the column `model` says of the model.
+        if_diverged: `"raise"` if an update becomes non-finite, or `"record"` it in `problems` and go on without it.
         on_run: Called after every run, of which there are `n_runs(methods, controls, untrained)`, fewer if a control has nothing
-            to change.
+            to change or an update diverges.
 
     Raises:
         ValueError: If a method or control is unknown, a method has no learning rate, the control `"other_task"` has no other
             episode, or as `capture`, `gd` and `lcgd` do.
+        DivergedError: If an update becomes non-finite, unless that is to be recorded.
     """
     require_known("methods", methods, tuple(METHODS))
     require_known("controls", controls, CONTROLS)
@@ -105,7 +110,7 @@ def compare(
     return Comparison.concatenated(
         [
             Reference.of(subject, episode, called=name, batch_size=batch_size, on_run=on_run).compare(
-                methods, rates, controls=controls, other=other, **options
+                methods, rates, controls=controls, other=other, if_diverged=if_diverged, **options
             )
             for name, subject in ((called, model), ("untrained", untrained))
             if subject is not None
@@ -178,15 +183,17 @@ class Reference:
         *,
         controls: Sequence[Control] = (),
         other: Episode | None = None,
+        if_diverged: Literal["raise", "record"] = "raise",
         **options: Any,
     ) -> Comparison:
         """Compare with every method at its rate, and with every control in its place.
 
         Args:
-            methods: As in the function `compare`, as are `controls` and `other`.
+            methods: As in the function `compare`, as are `controls`, `other` and `if_diverged`.
             rates: The learning rate of every method.
             controls: See `methods`.
             other: See `methods`.
+            if_diverged: See `methods`.
             options: How updates are made: `loss_on`, `readout`, `schedule`, `epochs` and `parameters`.
         """
         rows = Rows(source_columns(self.episode, options, self.called))
@@ -195,28 +202,41 @@ class Reference:
             rows.add("queries", query_rows(run, self.episode.label_words), method=name)
         rows.add("frame", output_rows(self.icl, self.zsl), method="zsl")
 
-        updates: dict[str, ParameterUpdate] = {}
-        runs: dict[str, Activations] = {}
+        def unless_diverged(made: Callable[[], T], **about: Any) -> T | None:
+            try:
+                return made()
+            except DivergedError as error:
+                if if_diverged == "raise":
+                    raise
+                rows.add("problems", [{"problem": str(error)}], **about)
+                return None
+
+        updates: dict[Method, ParameterUpdate] = {}
         for method in methods:
-            updates[method] = self._update(method, rates[method], options, self.episode.demonstrations, self.episode)
-            runs[method] = self.run(update=updates[method])
-        for index, method in enumerate(methods):
+            make = partial(self._update, method, rates[method], options)
+            update = unless_diverged(partial(make, self.episode.demonstrations, self.episode), method=method, lr=rates[method])
+            if update is not None:
+                updates[method] = update
+        runs = {method: self.run(update=update) for method, update in updates.items()}
+        for method, update in updates.items():
             about: dict[str, Any] = {"method": method, "lr": rates[method]}
-            rows.add("gradients", gradient_rows(updates[method]), **about)
+            rows.add("gradients", gradient_rows(update), **about)
             rows.add("queries", query_rows(runs[method], self.episode.label_words), **about)
             # α compares LCGD with the true GD, also when a control stands in the place of LCGD.
             gd_run = runs.get("gd") if method == "lcgd" else None
             self._add_outputs(rows, runs[method], about)
             rows.add("frame", similarity_rows(self.icl, runs[method], self.zsl, gd_run), **about)
             make = partial(self._update, method, rates[method], options)
-            seed = len(methods) * self.episode.seed + index
+            seed = len(methods) * self.episode.seed + methods.index(method)
             for control in controls:
-                ft = self._controlled(control, updates[method], runs[method], make, other, seed)
+                about["control"] = control
+                controlled = partial(self._controlled, control, update, runs[method], make, other, seed)
+                ft = unless_diverged(controlled, **about)
                 if ft is None:
                     continue
                 if control != "random":  # which changes what attention did, and no output
-                    self._add_outputs(rows, ft, {**about, "control": control})
-                rows.add("frame", similarity_rows(self.icl, ft, self.zsl, gd_run), **about, control=control)
+                    self._add_outputs(rows, ft, about)
+                rows.add("frame", similarity_rows(self.icl, ft, self.zsl, gd_run), **about)
         return rows.comparison()
 
     def _update(

@@ -11,15 +11,24 @@ import pandas as pd
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.measure import Row
 
-PARTS = ("frame", "queries", "gradients")
+PARTS = ("frame", "queries", "gradients", "problems")
 """The frames of a comparison."""
+
+ABOUT = ("method", "lr", "control")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "frame": (*ABOUT, "subset", "layer", "metric", "value", "n", "undefined"),
+    "queries": (*ABOUT, "query", "label", "is_gold", "probability"),
+    "gradients": (*ABOUT, "layer", "step", "gradient_norm"),
+    "problems": (*ABOUT, "problem"),
+}
+"""The columns of each frame after those that say which episode, options and model a row is about."""
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """What `compare` found, as tidy frames.
 
-    Columns that all three share say where a row comes from: `task`, `k`, `seed`, `order`, `n_queries`, the options that the
+    Columns that all share say where a row comes from: `task`, `k`, `seed`, `order`, `n_queries`, the options that the
     updates were made with, `model` (`"trained"` or `"untrained"`), `method` (the run that is described: `"zsl"`, `"icl"`, `"gd"`,
     `"lcgd"`), `lr`, and `control` (`"none"`, or what stands in the place of the update).
 
@@ -30,11 +39,13 @@ class Comparison:
         queries: One row per query and label word, of true updates: `label`, `is_gold`, and its `probability` among the label
             words.
         gradients: One row per layer and step of every true update: `gradient_norm`, the ℓ2 norm over the trained parameters.
+        problems: One row per update that diverged, with its `problem` in words; such an update has no other rows.
     """
 
     frame: pd.DataFrame
     queries: pd.DataFrame
     gradients: pd.DataFrame
+    problems: pd.DataFrame
 
     @classmethod
     def concatenated(cls, comparisons: Sequence[Comparison]) -> Comparison:
@@ -54,6 +65,7 @@ class Rows:
     frame: list[Row] = field(default_factory=list)
     queries: list[Row] = field(default_factory=list)
     gradients: list[Row] = field(default_factory=list)
+    problems: list[Row] = field(default_factory=list)
 
     def add(self, part: str, rows: Iterable[Row], *, method: str, lr: float | None = None, control: str = "none") -> None:
         """Add rows about one run."""
@@ -62,8 +74,10 @@ class Rows:
 
     def comparison(self) -> Comparison:
         """Make frames of the rows."""
-        frame, queries, gradients = (pd.DataFrame(getattr(self, part)) for part in PARTS)
-        return Comparison(_typed(frame).astype({"layer": "Int64"}), _typed(queries), _typed(gradients))
+        frames = {part: pd.DataFrame(getattr(self, part), columns=[*self.source, *COLUMNS[part]]) for part in PARTS}
+        # A frame without any rate would hold objects, and could not be joined with one that has some.
+        typed = {part: frame.astype({"lr": "float64"}) for part, frame in frames.items()}
+        return Comparison(**typed | {"frame": typed["frame"].astype({"layer": "Int64"})})
 
 
 def source_columns(episode: Episode, options: Mapping[str, Any], called: str) -> dict[str, Any]:
@@ -78,8 +92,3 @@ def source_columns(episode: Episode, options: Mapping[str, Any], called: str) ->
         "parameters": " ".join(options["parameters"]),
         "model": called,
     }
-
-
-def _typed(frame: pd.DataFrame) -> pd.DataFrame:
-    # A frame without any rate would hold objects, and could not be joined with one that has some.
-    return frame.astype({"lr": "float64"})

@@ -115,6 +115,7 @@ def similarity_by_rate(
     grid: Sequence[float] = GRID,
     *,
     batch_size: int = 32,
+    called: str = "trained",
     on_run: Callable[[], None] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
@@ -128,12 +129,13 @@ def similarity_by_rate(
         methods: As in `compare`.
         grid: The learning rates.
         batch_size: As in `capture`.
+        called: What the column `model` says of the model.
         on_run: Called after every method, rate and episode.
         options: As in `gd`: `loss_on`, `readout`, `schedule`, `epochs`, `parameters`.
     """
     frames = []
     for episode in episodes:
-        reference = Reference.of(model, episode, batch_size=batch_size)
+        reference = Reference.of(model, episode, called=called, batch_size=batch_size)
         for method in methods:
             for lr in grid:
                 try:

@@ -50,7 +50,7 @@ class Protocol:
         seeds: The seeds of the demonstrations; by default those of the paper, 0 to 9 for bundled tasks and 0 to 2 for others.
         k: Demonstrations per episode, or `"fit"`; by default as many of 32 as fit, and 12 for bundled tasks.
         n_queries: Queries at most; by default 2000, and 32 for bundled tasks.
-        orders: How many orders of the same demonstrations.
+        orders: How many orders of the same demonstrations, where they have so many.
         lr: `"paper"`: the paper's learning rate for the task. `"auto"`: chosen for each task and method by `learning_rate.search`.
             A number: that rate for all.
         methods: `"gd"`, `"lcgd"` or both.

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -43,21 +44,24 @@ class Results:
         frame: As in `Comparison`, of all cells.
         queries: As in `Comparison`.
         gradients: As in `Comparison`.
+        problems: As in `Comparison`.
         rates: The learning rates used, one row per task and method: `task`, `method`, `lr`.
         searched: What `learning_rate.search` found; empty unless the protocol's `lr` is `"auto"`.
-        curve: What `similarity_by_rate` found; empty unless the protocol has `lr_curve`.
+        curve: What `similarity_by_rate` found on the model and on the first of the protocol's twins; empty unless the protocol has
+            `lr_curve`.
     """
 
     protocol: Protocol
     frame: pd.DataFrame
     queries: pd.DataFrame
     gradients: pd.DataFrame
+    problems: pd.DataFrame
     rates: pd.DataFrame
     searched: pd.DataFrame
     curve: pd.DataFrame
 
 
-FRAMES = ("frame", "queries", "gradients", "rates", "searched", "curve")
+FRAMES = (*PARTS, "rates", "searched", "curve")
 
 
 def reproduce(
@@ -132,7 +136,9 @@ def _draw(protocol: Protocol, tasks: Mapping[str, Task], name: str, model: Hooke
         other = None
         if other_name is not None:
             other = tasks[other_name].episode(model, k=protocol.plan(other_name).k, n_queries=1, seed=seed)
-        draws.append(_Draw(seed, tuple(first.reordered(order) for order in range(protocol.orders)), other))
+        # A few demonstrations may have fewer orders than are wanted.
+        orders = range(min(protocol.orders, math.factorial(first.k)))
+        draws.append(_Draw(seed, tuple(first.reordered(order) for order in orders), other))
     return draws
 
 
@@ -167,7 +173,7 @@ class _Run:
         protocol = self.protocol
         per_episode = sum(n_runs(protocol.methods, controls) for controls in self.subjects.values())
         n_episodes = sum(len(draw.episodes) for draws in self.draws.values() for draw in draws)
-        n_searches = (protocol.lr == "auto") + protocol.lr_curve
+        n_searches = (protocol.lr == "auto") + protocol.lr_curve * (1 + len(self.curve_twins))
         per_search = len(protocol.methods) * len(protocol.grid)
         return n_episodes * per_episode + n_searches * per_search * sum(map(len, self.tuning.values()))
 
@@ -187,6 +193,7 @@ class _Run:
             whole.frame,
             whole.queries,
             whole.gradients,
+            whole.problems,
             pd.DataFrame(rates),
             pd.concat(searched, ignore_index=True),
             pd.concat(curves, ignore_index=True),
@@ -204,29 +211,46 @@ class _Run:
         """The search for learning rates on a task; nothing unless they are `"auto"`."""
         if self.protocol.lr != "auto":
             return pd.DataFrame()
-        return self._tune(f"{task}, learning rates", task, search)
+        return self._at_all_rates(f"{task}, learning rates", search, self.tuning[task], lambda: self.model)
 
     def curve(self, task: str) -> pd.DataFrame:
-        """Similarity against learning rate on a task; nothing unless it is wanted."""
+        """Similarity against learning rate on a task, of the model and of the paper's twin; nothing unless it is wanted."""
         if not self.protocol.lr_curve:
             return pd.DataFrame()
-        return self._tune(f"{task}, learning-rate curve", task, similarity_by_rate)
+        about, episodes = f"{task}, learning-rate curve", self.tuning[task]
+        curves = [self._at_all_rates(about, similarity_by_rate, episodes, lambda: self.model, called="trained")]
+        for called in self.curve_twins:
+            for episode in episodes:  # each with a twin of its own
+                twin = partial(self._subject, called, episode.seed)
+                curves.append(self._at_all_rates(f"{about}, {called}", similarity_by_rate, [episode], twin, called=called))
+        return pd.concat(curves, ignore_index=True)
 
-    def _tune(self, about: str, task: str, measure: Callable[..., pd.DataFrame]) -> pd.DataFrame:
-        protocol, episodes = self.protocol, self.tuning[task]
-        key = {"names": [task, measure.__name__], "episodes": [episode.digest for episode in episodes], "grid": protocol.grid}
+    @property
+    def curve_twins(self) -> tuple[str, ...]:
+        """The twins that the curve shows: the paper's baseline, where the protocol has it."""
+        return self.protocol.twins[:1]
+
+    def _at_all_rates(
+        self,
+        about: str,
+        measure: Callable[..., pd.DataFrame],
+        episodes: Sequence[Episode],
+        subject: Callable[[], HookedTransformer],
+        **more: str,
+    ) -> pd.DataFrame:
+        protocol = self.protocol
+        key = {
+            "names": [measure.__name__, *[[episode.task, episode.seed] for episode in episodes]],
+            "episodes": [episode.digest for episode in episodes],
+            "grid": protocol.grid,
+            **more,
+            "keep": TWINS.get(more.get("called", "")),
+        }
 
         def make(tick: Callable[[], None]) -> dict[str, pd.DataFrame]:
-            frame = measure(
-                self.model,
-                episodes,
-                protocol.methods,
-                protocol.grid,
-                batch_size=self.batch_size,
-                on_run=tick,
-                **protocol.options,
-            )
-            return {"frame": frame}
+            methods, options = protocol.methods, protocol.options
+            options = {**options, **more, "batch_size": self.batch_size, "on_run": tick}
+            return {"frame": measure(subject(), episodes, methods, protocol.grid, **options)}
 
         count = len(episodes) * len(protocol.methods) * len(protocol.grid)
         return self._cell(about, key, ("frame",), make, count)["frame"]
@@ -271,6 +295,7 @@ class _Run:
             other=other,
             batch_size=self.batch_size,
             called=called,
+            if_diverged="record",
             on_run=tick,
             **self.protocol.options,
         )

@@ -42,8 +42,13 @@ def write_pictures(figures: dict[str, go.Figure], folder: Path) -> tuple[list[Pa
     with TemporaryDirectory() as drawn:
         try:
             # All in one call, since starting the browser takes longest.
+            repeated = [figure for figure in figures.values() for _ in PICTURES]
             write_images(
-                fig=[figure for figure in figures.values() for _ in PICTURES], file=[Path(drawn) / name for name in names], scale=2
+                fig=repeated,
+                file=[Path(drawn) / name for name in names],
+                width=[figure.layout.width for figure in repeated],
+                height=[figure.layout.height for figure in repeated],
+                scale=2,
             )
         except Exception as error:  # whatever kaleido or the browser says
             reason = str(error).strip().split("\n", maxsplit=1)[0]

@@ -139,7 +139,7 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
 
 
 def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Figure:
-    """SimAOU, SimAM_Δ and accuracy after finetuning against the learning rate, GD beside LCGD.
+    """SimAOU, SimAM_Δ and accuracy after finetuning against the learning rate, GD beside LCGD, untrained twins as dotted lines.
 
     Args:
         curve: What `similarity_by_rate` found.
@@ -150,22 +150,23 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
     """
     metrics = (*SIMILARITIES, "accuracy")
     chosen = _only(curve, metrics, control="none")
-    by = ["task", "metric", "method", "lr"]
+    by = ["task", "metric", "model", "method", "lr"]
     summary = summarise(chosen, by=by).sort_values(by)
     tasks = list(chosen["task"].unique())
-    titles = [METRIC_NAMES.get(metric, f"{metric} after finetuning") for metric in metrics]
+    titles = [METRIC_NAMES.get(metric, f"FT {metric}") for metric in metrics]
     figure = _grid(tasks, titles, x_title="learning rate", y_title="")
     for keys, group in summary.groupby(by[:-1], sort=False):
-        task, metric, method = map(str, keys)
+        task, metric, model, method = map(str, keys)
+        trained = model == "trained"
         place = {"row": tasks.index(task) + 1, "col": metrics.index(metric) + 1}
         figure.add_scatter(
             x=group["lr"],
             y=group["mean"],
-            error_y=_error_bars(group),
-            mode="lines+markers",
-            line={"color": COLOURS[method]},
-            name=METHOD_NAMES[method],
-            legendgroup=method,
+            error_y=_error_bars(group) if trained else None,
+            mode="lines+markers" if trained else "lines",
+            line={"color": COLOURS[method], "dash": "solid" if trained else DOTS[0]},
+            name=METHOD_NAMES[method] if trained else f"{METHOD_NAMES[method]}, {model}",
+            legendgroup=f"{method} {model}",
             showlegend=place == {"row": 1, "col": 1},
             **place,
         )
@@ -173,12 +174,12 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
         for column in range(len(metrics)):
             figure.add_vline(
                 used["lr"],
-                line={"color": COLOURS[used["method"]], "dash": "dot", "width": 1},
+                line={"color": COLOURS[used["method"]], "dash": "dash", "width": 1},
                 row=tasks.index(used["task"]) + 1,
                 col=column + 1,
             )
-    figure.update_xaxes(type="log", dtick=1, exponentformat="power")
-    figure.update_layout(title=f"Similarity against learning rate ({_draws(chosen)}, mean ± sd; dotted: in use)")
+    figure.update_xaxes(type="log", dtick=2, tickangle=0, exponentformat="power")
+    figure.update_layout(title=f"Similarity against learning rate ({_draws(chosen)}, mean ± sd; dashed: in use)")
     return _styled(figure, rows=len(tasks))
 
 
