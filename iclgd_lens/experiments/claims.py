@@ -23,6 +23,8 @@ from iclgd_lens.experiments.results import EPISODE, interval, p_value, paired_di
 
 METRICS = ("sim_aou", "sim_am_delta")
 
+COLUMNS = ["claim", "metric", "method", "twin", "task", "mean", "low", "high", "p", "draws", "outcome"]
+
 OVER_TASKS = "all tasks"
 """What the column `task` says of draws of all tasks taken together."""
 
@@ -38,7 +40,7 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
         or of α), `low` and `high` (95 % t-interval over draws), `p` (paired t-test that a difference is zero; missing for α),
         `draws`, and `outcome` in words.
     """
-    return pd.DataFrame([*_lcgd_above_gd(frame), *_twins_comparable(frame), *_alpha_small(frame)])
+    return pd.DataFrame([*_lcgd_above_gd(frame), *_twins_comparable(frame), *_alpha_small(frame)], columns=COLUMNS)
 
 
 def _lcgd_above_gd(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -69,7 +71,7 @@ def _alpha_small(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
             mean, low, high, draws = interval(values)
             limit = ALPHA_RANGE[1]
             outcome = f"at most {limit}" if high <= limit else f"above {limit}" if low > limit else "undecided"
-            about = {"claim": "α small", "metric": metric, "method": "lcgd, gd", "twin": None, "task": task}
+            about = {"claim": "α small", "metric": metric, "method": "lcgd and gd", "twin": None, "task": task}
             yield about | {"mean": mean, "low": low, "high": high, "p": float("nan"), "draws": draws, "outcome": outcome}
 
 

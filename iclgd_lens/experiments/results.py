@@ -42,6 +42,8 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "cont
     """
     by = list(by)
     frame = frame if "subset" in by else _all_queries(frame)
+    if frame.empty:
+        return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "episodes", "undefined"])
     _refuse_pooling(frame, by)
     tell_apart = [*(column for column in EPISODE if column not in by), *by]
     groups = frame.groupby(tell_apart, dropna=False, observed=True, sort=False)

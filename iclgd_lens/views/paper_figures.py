@@ -19,8 +19,11 @@ def paper_figures(results: Results) -> dict[str, tuple[go.Figure, pd.DataFrame]]
     alphas = frame[frame["metric"].str.startswith("alpha")]
     if len(alphas):
         figures["figure2"] = (alpha_figure(frame), alphas)
-    figures["figure3"] = (layer_figure(frame), frame[frame["metric"].isin(SIMILARITIES)])
-    figures["figure4"] = (gradient_figure(gradients), gradients)
+    similarities = frame[frame["metric"].isin(SIMILARITIES)]
+    if len(similarities):
+        figures["figure3"] = (layer_figure(frame), similarities)
+    if (gradients["model"] == "trained").any():
+        figures["figure4"] = (gradient_figure(gradients), gradients)
     if len(results.curve):
         figures["learning_rate"] = (rate_figure(results.curve, results.rates), results.curve)
     return figures

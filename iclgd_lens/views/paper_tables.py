@@ -29,11 +29,16 @@ TEXT = (Column("metric", "metric"), Column("method", "method"), Column("task", "
 
 def paper_tables(results: Results, model_name: str) -> list[Sheet]:
     """All tables that a run has the numbers for."""
-    frame, methods = results.frame, results.protocol.methods
-    sheets = [table1(frame)] if results.protocol.twins else []
-    if set(methods) >= {"gd", "lcgd"}:
-        sheets.append(table2(frame))
-    sheets += [table3(results, model_name), dai_table(frame), output_table(frame, results.queries)]
+    frame = results.frame
+    finetuned = set(frame[frame["model"] == "trained"]["method"]) & set(METHOD_NAMES)
+    sheets = [table3(results, model_name), output_table(frame, results.queries)]
+    if not finetuned:  # every update diverged
+        return sheets
+    if finetuned == set(METHOD_NAMES):
+        sheets.insert(0, table2(frame))
+    if results.protocol.twins:
+        sheets.insert(0, table1(frame))
+    sheets.append(dai_table(frame))
     if results.protocol.controls:
         sheets.append(control_table(frame))
     return [*sheets, claim_table(frame)]
@@ -52,7 +57,7 @@ def table1(frame: pd.DataFrame) -> Sheet:
     models = list(frame["model"].unique())
     chosen = frame[(frame["control"] == "none") & frame["metric"].isin(SHOWN)]
     table = _wide(chosen, ["metric", "method", "task"], "model", models)
-    table["paper"] = [_paper_text(row) for row in table.to_dict("records")]
+    table["paper"] = [_paper_text(row, set(chosen["task"])) for row in table.to_dict("records")]
     columns = [*TEXT, *(Column(model, model, spread=f"{model} sd") for model in models), Column("paper, trained", "paper")]
     low, high = GD_SIM_AOU_RANGE["untrained"]
     return Sheet(
@@ -75,8 +80,7 @@ def table2(frame: pd.DataFrame) -> Sheet:
         pair = [{"model": "trained", "method": method} for method in ("lcgd", "gd")]
         differences = paired_differences(of_task, metric, *pair).to_numpy()
         mean, low, high, draws = interval(differences)
-        paper = AVERAGES.get(metric) if task == OVER_TASKS and set(PAPER) <= set(chosen["task"]) else reported(task, metric)
-        paper_gd, paper_lcgd = paper or (float("nan"), float("nan"))
+        paper_gd, paper_lcgd = _paper_figures(task, metric, set(chosen["task"])) or (float("nan"), float("nan"))
         tested = {"difference": mean, "low": low, "high": high, "p": p_value(differences), "draws": draws}
         rows.append(row | tested | {"paper gd": paper_gd, "paper lcgd": paper_lcgd})
     columns = (
@@ -137,7 +141,7 @@ def dai_table(frame: pd.DataFrame) -> Sheet:
         for metric in metrics:
             # Rec2FTP is about its own choice of queries.
             key = (task, method, "all" if metric == "rec2ftp" else subset, metric)
-            row |= {metric: summary.loc[key, "mean"], f"{metric} sd": summary.loc[key, "sd"]}
+            row |= {metric: summary["mean"].get(key, float("nan")), f"{metric} sd": summary["sd"].get(key, float("nan"))}
         rows.append(row)
     columns = (
         *(Column(name, name) for name in ("task", "method", "queries")),
@@ -160,9 +164,8 @@ def output_table(frame: pd.DataFrame, queries: pd.DataFrame) -> Sheet:
         for method in [method for method in RUN_NAMES if method in set(trained["method"])]:
             row: dict[str, Any] = {"task": task, "run": RUN_NAMES[method]}
             for metric in metrics:
-                there = (task, method, metric) in summary.index
                 for number, name in (("mean", metric), ("sd", f"{metric} sd")):
-                    row[name] = summary.loc[(task, method, metric), number] if there else float("nan")
+                    row[name] = summary[number].get((task, method, metric), float("nan"))
             for metric in ("probability_sd", "changed", "accuracy_sd"):
                 row[metric] = float("nan")
                 if len(spread) and method != "zsl":  # no demonstrations, no order
@@ -204,7 +207,7 @@ def claim_table(frame: pd.DataFrame) -> Sheet:
     """The paper's claims as they came out."""
     table = claims(frame)
     table["twin"] = table["twin"].fillna("")
-    table["method"] = [" and ".join(METHOD_NAMES.get(part, part) for part in method.split(", ")) for method in table["method"]]
+    table["method"] = [" ".join(METHOD_NAMES.get(word, word) for word in method.split()) for method in table["method"]]
     columns = (
         *(Column(name, name) for name in ("claim", "metric", "method", "twin", "task")),
         Column("mean [95 %]", "mean", low="low", high="high"),
@@ -220,9 +223,9 @@ def _wide(frame: pd.DataFrame, by: list[str], across: str, order: list[str]) -> 
     """Means and sds, one row per `by`, one pair of columns per value of `across`; over all tasks the mean of the tasks' means."""
     summary = summarise(frame, by=[*by, across])
     table = summary.pivot(index=by, columns=across, values=["mean", "sd"])
-    flat = pd.DataFrame(
-        {f"{value}{suffix}": table[(kind, value)] for value in order for kind, suffix in (("mean", ""), ("sd", " sd"))}
-    )
+    # A column may be missing: every update of a twin may have diverged.
+    wanted = {f"{value}{suffix}": (kind, value) for value in order for kind, suffix in (("mean", ""), ("sd", " sd"))}
+    flat = pd.DataFrame({name: table.get(column, float("nan")) for name, column in wanted.items()}, index=table.index)
     within = [column for column in by if column != "task"]
     # Tasks in the frame's own order, not the alphabet's.
     flat = flat.loc[list(dict.fromkeys(summary[by].itertuples(index=False, name=None)))]
@@ -239,16 +242,22 @@ def _named(table: pd.DataFrame) -> pd.DataFrame:
     return table.replace({"metric": METRIC_NAMES, "method": METHOD_NAMES})
 
 
-def _paper_text(row: Mapping[Any, Any]) -> str:
-    index = ["gd", "lcgd"].index(row["method"])
-    if (figures := reported(row["task"], row["metric"])) is not None:
-        return f"{figures[index]:.3f}"
-    if row["task"] == OVER_TASKS and row["metric"] in AVERAGES:
-        if row["metric"] == "sim_aou" and row["method"] == "gd":
-            low, high = GD_SIM_AOU_RANGE["trained"]
-            return f"{AVERAGES[row['metric']][index]:.3f} (tasks {low} to {high})"
-        return f"{AVERAGES[row['metric']][index]:.3f}"
-    return "–"
+def _paper_figures(task: str, metric: str, tasks: set[str]) -> tuple[float, float] | None:
+    """The paper's figures, of GD and LCGD; its averages are over its own six tasks, and comparable to no other average."""
+    if task == OVER_TASKS:
+        return AVERAGES.get(metric) if tasks == set(PAPER) else None
+    return reported(task, metric)
+
+
+def _paper_text(row: Mapping[Any, Any], tasks: set[str]) -> str:
+    figures = _paper_figures(row["task"], row["metric"], tasks)
+    if figures is None:
+        return "–"
+    text = f"{figures[tuple(METHOD_NAMES).index(row['method'])]:.3f}"
+    if row["task"] == OVER_TASKS and (row["metric"], row["method"]) == ("sim_aou", "gd"):
+        low, high = GD_SIM_AOU_RANGE["trained"]
+        text += f" (tasks {low} to {high})"
+    return text
 
 
 def _span(values: pd.Series) -> str:

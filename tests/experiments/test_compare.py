@@ -10,6 +10,7 @@ from iclgd_lens import Comparison, accuracy, capture, compare, gd, lcgd, load_ta
 from iclgd_lens.data.controls import permuted, shuffled_labels
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.compare import CONTROLS, n_runs
+from iclgd_lens.updates.gradient import DivergedError
 from iclgd_lens.updates.random_weights import random_weights
 
 KEYS = ["model", "method", "control", "subset", "layer", "metric"]
@@ -203,3 +204,18 @@ def test_orders_of_an_episode_are_told_apart(bundled: HookedTransformer, episode
 def test_bad_options_are_refused_by_name(bundled: HookedTransformer, episode: Episode, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         compare(bundled, episode, **options)
+
+
+def test_an_update_that_diverges_is_raised_or_recorded_and_the_rest_goes_on(bundled: HookedTransformer, episode: Episode):
+    rates = {"gd": 1e30, "lcgd": 0.01}
+    with pytest.raises(DivergedError, match=r"lr=1e\+30 made the gd update non-finite"):
+        compare(bundled, episode, lr=rates)
+    found = compare(bundled, episode, lr=rates, if_diverged="record")
+    assert set(found.frame["method"]) == {"zsl", "icl", "lcgd"}
+    assert not set(found.frame["metric"]) & {"alpha_aou", "alpha_am"}
+    (problem,) = found.problems.to_dict("records")
+    assert (problem["method"], problem["lr"], problem["control"]) == ("gd", 1e30, "none")
+    assert "non-finite" in problem["problem"]
+    alone = compare(bundled, episode, ["lcgd"], lr=0.01, controls=()).frame
+    where = {"method": "lcgd", "metric": "sim_aou", "layer": 3, "control": "none"}
+    assert value(found.frame, **where) == value(alone, **where)
