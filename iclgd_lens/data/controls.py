@@ -33,7 +33,7 @@ def shuffled_labels(episode: Episode, seed: int = 0) -> tuple[Demonstration, ...
         if demonstration.label is None:
             raise ValueError(f"demonstration {number} has no label index, so labels cannot be shuffled")
         labels.append(demonstration.label)
-    if len(set(labels)) == 1:
+    if len(set(labels)) < 2:
         return None
     rng = random.Random(f"shuffled labels/{seed}")
     dealt = shuffled(rng, labels)
@@ -54,7 +54,7 @@ def permuted(episode: Episode, seed: int = 0) -> tuple[Demonstration, ...] | Non
     Returns:
         The same demonstrations, reordered, or None where there is only one.
     """
-    if episode.k == 1:
+    if episode.k < 2:
         return None
     rng = random.Random(f"permuted/{seed}")
     order = shuffled(rng, range(episode.k))

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from iclgd_lens.experiments.paper import ALPHA_RANGE
-from iclgd_lens.experiments.results import EPISODE, interval, p_value, paired_differences
+from iclgd_lens.experiments.results import EPISODE, interval, p_value, paired_differences, refuse_pooling
 
 METRICS = ("sim_aou", "sim_am_delta")
 
@@ -66,6 +66,7 @@ def _twins_comparable(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
 def _alpha_small(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
     trained = frame[(frame["model"] == "trained") & (frame["control"] == "none") & (frame["subset"] == "all")]
     for metric in ("alpha_aou", "alpha_am"):
+        refuse_pooling(trained[trained["metric"] == metric], [])
         per_draw = trained[trained["metric"] == metric].groupby(EPISODE, sort=False)["value"].mean()
         for task, values in _by_task(per_draw):
             mean, low, high, draws = interval(values)
@@ -76,6 +77,7 @@ def _alpha_small(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _by_task(per_draw: pd.Series) -> Iterator[tuple[str, np.ndarray]]:
+    per_draw = per_draw.dropna()
     tasks = per_draw.index.get_level_values("task")
     for task in tasks.unique():
         yield str(task), per_draw[tasks == task].to_numpy()
@@ -85,5 +87,5 @@ def _by_task(per_draw: pd.Series) -> Iterator[tuple[str, np.ndarray]]:
 
 def _difference(values: np.ndarray, if_above: str, if_below: str) -> dict[str, Any]:
     mean, low, high, draws = interval(values)
-    outcome = if_above if low > 0 else if_below if high < 0 else "no difference found"
+    outcome = "undecided" if low != low else if_above if low > 0 else if_below if high < 0 else "no difference found"
     return {"mean": mean, "low": low, "high": high, "p": p_value(values), "draws": draws, "outcome": outcome}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
 import torch
 
-from iclgd_lens.experiments.results import EPISODE
+from iclgd_lens.experiments.results import EPISODE, refuse_pooling
 from iclgd_lens.metrics.agreement import order_spread
 
 
@@ -24,22 +25,25 @@ def order_sensitivity(queries: pd.DataFrame) -> pd.DataFrame:
         labels).
     """
     rows: list[dict[str, Any]] = []
-    by = [*EPISODE, "model", "method"]
-    for key, group in queries.groupby(by, sort=False):
+    refuse_pooling(queries, [*EPISODE, "model", "method"])
+    for key, group in queries.groupby([*EPISODE, "model", "method"], sort=False):
         orders = group["order"].nunique()
         if orders < 2:
             continue
-        # Label words as numbers, in the order in which they first stand: words that are alike are refused with the task.
-        label = pd.Series(pd.factorize(group["label"])[0], index=group.index)
-        table = group.assign(label=label).sort_values(["order", "query", "label"])
-        shape = (orders, table["query"].nunique(), int(label.max()) + 1)
+        about = dict(zip([*EPISODE, "model", "method"], key, strict=True))
+        table = group.sort_values(["order", "query", "label"])
+        shape = (orders, table["query"].nunique(), table["label"].nunique())
+        if len(table) != math.prod(shape):
+            raise ValueError(f"not every order of {about} has every query and label word: {len(table)} rows for {shape}")
         distributions = torch.tensor(table["probability"].to_numpy()).view(shape)
         gold = torch.tensor(table["is_gold"].to_numpy()).view(shape)[0]
+        finite = distributions.isfinite().all(dim=-1).all(dim=0)
+        distributions, gold = distributions[:, finite], gold[finite]
         predicted = distributions.argmax(dim=-1)
         right = gold.gather(-1, predicted.T).float()[gold.any(dim=-1)]
         rows.append(
             {
-                **dict(zip(by, key, strict=True)),
+                **about,
                 "orders": orders,
                 "probability_sd": order_spread(distributions).mean().item(),
                 "changed": (predicted != predicted[0]).any(dim=0).double().mean().item(),

@@ -44,7 +44,7 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "cont
     frame = frame if "subset" in by else _all_queries(frame)
     if frame.empty:
         return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "episodes", "undefined"])
-    _refuse_pooling(frame, by)
+    refuse_pooling(frame, by)
     tell_apart = [*(column for column in EPISODE if column not in by), *by]
     groups = frame.groupby(tell_apart, dropna=False, observed=True, sort=False)
     per_draw = groups.agg(value=("value", "mean"), undefined=("undefined", "sum")).reset_index()
@@ -90,7 +90,7 @@ def paired_differences(frame: pd.DataFrame, metric: str, a: dict[str, str], b: d
         chosen = frame[frame["metric"] == metric]
         for column, value in ({"control": "none", "subset": "all"} | condition).items():
             chosen = chosen[chosen[column] == value]
-        _refuse_pooling(chosen, [])
+        refuse_pooling(chosen, [])
         return chosen.groupby(EPISODE, sort=False)["value"].mean()
 
     return per_draw(a) - per_draw(b)
@@ -121,10 +121,15 @@ def _all_queries(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["subset"] == "all"]
 
 
-def _refuse_pooling(frame: pd.DataFrame, by: list[str]) -> None:
+def refuse_pooling(frame: pd.DataFrame, by: Sequence[str]) -> None:
+    """Check that values within a group of `by` were made in one way.
+
+    Raises:
+        ValueError: If they were made with different options of the updates, such as learning rates within a task.
+    """
     for option in OPTIONS:
         # Every task may have a learning rate of its own.
-        within = [*by, "task"] if option == "lr" else by
+        within = [*by, "task"] if option == "lr" and "task" not in by else list(by)
         groups = frame.groupby(within, dropna=False, observed=True) if within else frame.groupby(lambda _: 0)
         if option in frame and option not in by and (groups[option].nunique() > 1).any():
             values = ", ".join(map(str, sorted(frame[option].dropna().unique())))

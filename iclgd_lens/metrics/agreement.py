@@ -67,8 +67,7 @@ def same_prediction(a: Activations, b: Activations) -> Float[Tensor, "query"]:
         ValueError: If the runs are not of the same queries.
     """
     _require_same_queries(a, b)
-    finite = a.label_log_probs.isfinite().all(dim=-1) & b.label_log_probs.isfinite().all(dim=-1)
-    return (a.predictions == b.predictions).float().masked_fill(~finite, torch.nan)
+    return (a.predictions == b.predictions).float().masked_fill(~_both_finite(a, b), torch.nan)
 
 
 def js_divergence(a: Activations, b: Activations) -> Float[Tensor, "query"]:
@@ -85,7 +84,8 @@ def js_divergence(a: Activations, b: Activations) -> Float[Tensor, "query"]:
     m = (p + q) / 2
     # x log(x / m) is 0 at x = 0, also where m is.
     half = [torch.where(x > 0, x * (x / m).log(), 0.0 * x).sum(dim=-1) / 2 for x in (p, q)]
-    return (half[0] + half[1]).clamp(min=0.0).to(a.label_log_probs.dtype)
+    divergence = (half[0] + half[1]).clamp(min=0.0).to(a.label_log_probs.dtype)
+    return divergence.masked_fill(~_both_finite(a, b), torch.nan)
 
 
 def order_spread(distributions: Float[Tensor, "order query label"]) -> Float[Tensor, "query"]:
@@ -98,6 +98,10 @@ def order_spread(distributions: Float[Tensor, "order query label"]) -> Float[Ten
     if len(distributions) < 2:
         raise ValueError(f"the spread over orders needs at least two of them, got {len(distributions)}")
     return distributions.std(dim=0).mean(dim=-1)
+
+
+def _both_finite(a: Activations, b: Activations) -> Bool[Tensor, "query"]:
+    return a.label_log_probs.isfinite().all(dim=-1) & b.label_log_probs.isfinite().all(dim=-1)
 
 
 def _require_same_queries(*runs: Activations) -> None:

@@ -25,8 +25,8 @@ def write_figure(figure: go.Figure, data: pd.DataFrame, folder: Path, name: str)
         name: What the files are called.
     """
     page, table = folder / f"{name}.html", folder / f"{name}.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.write_html(page, include_plotlyjs="directory")
+    with written_whole(page) as partial:
+        figure.write_html(partial, include_plotlyjs="directory")
     with written_whole(table) as partial:
         data.to_csv(partial, index=False)
     return [page, table]

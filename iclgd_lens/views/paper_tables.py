@@ -41,7 +41,8 @@ def paper_tables(results: Results, model_name: str) -> list[Sheet]:
     sheets.append(dai_table(frame))
     if results.protocol.controls:
         sheets.append(control_table(frame))
-    return [*sheets, claim_table(frame)]
+    claimed = claim_table(frame)
+    return [*sheets, claimed] if len(claimed.numbers) else sheets
 
 
 def brief(sheet: Sheet) -> Sheet:

@@ -13,7 +13,7 @@ import pandas as pd
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from iclgd_lens.experiments.results import summarise
+from iclgd_lens.experiments.results import refuse_pooling, summarise
 from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES
 
 COLOURS = {"gd": "#0072B2", "lcgd": "#D55E00", "alpha_aou": "#009E73", "alpha_am": "#CC79A7"}
@@ -57,10 +57,12 @@ def layer_figure(frame: pd.DataFrame) -> go.Figure:
     tasks = list(chosen["task"].unique())
     figure = _grid(tasks, [METRIC_NAMES[metric] for metric in SIMILARITIES], x_title="layer", y_title="cosine")
     twins = [model for model in chosen["model"].unique() if model != "trained"]
+    in_legend: set[tuple[str, str]] = set()
     for keys, group in summary.groupby(by[:-1], sort=False):
         task, metric, model, method = map(str, keys)
         place = {"row": tasks.index(task) + 1, "col": SIMILARITIES.index(metric) + 1}
-        first = place == {"row": 1, "col": 1}
+        first = (method, model) not in in_legend
+        in_legend.add((method, model))
         if model == "trained":
             figure.add_bar(
                 x=group["layer"],
@@ -98,6 +100,7 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
     chosen = gradients[gradients["model"] == "trained"]
     if chosen.empty:
         raise ValueError("the frame has no gradient norms of a trained model")
+    refuse_pooling(chosen, ["task", "method"])
     tasks, methods = list(chosen["task"].unique()), [method for method in METHOD_NAMES if method in set(chosen["method"])]
     titles = [METHOD_NAMES[method] + (", log scale" if method == "lcgd" else "") for method in methods]
     figure = _grid(tasks, titles, x_title="demonstration", y_title="layer", gap=0.16)
@@ -118,7 +121,7 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
             "len": y_domain[1] - y_domain[0],
             "thickness": 12,
         }
-        if log:
+        if log and np.isfinite(shown).any():
             low, high = np.nanmin(shown), np.nanmax(shown)
             ticks = [digit * 10.0**power for power in range(int(low) - 2, int(high) + 2) for digit in (1, 2, 5)]
             ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
@@ -154,6 +157,7 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
     summary = summarise(chosen, by=by).sort_values(by)
     tasks = list(chosen["task"].unique())
     titles = [METRIC_NAMES.get(metric, f"FT {metric}") for metric in metrics]
+    in_legend: set[tuple[str, str]] = set()
     figure = _grid(tasks, titles, x_title="learning rate", y_title="")
     for keys, group in summary.groupby(by[:-1], sort=False):
         task, metric, model, method = map(str, keys)
@@ -167,10 +171,11 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
             line={"color": COLOURS[method], "dash": "solid" if trained else DOTS[0]},
             name=METHOD_NAMES[method] if trained else f"{METHOD_NAMES[method]}, {model}",
             legendgroup=f"{method} {model}",
-            showlegend=place == {"row": 1, "col": 1},
+            showlegend=(method, model) not in in_legend,
             **place,
         )
-    for used in [] if rates is None else rates.to_dict("records"):
+        in_legend.add((method, model))
+    for used in [] if rates is None else rates[rates["task"].isin(tasks)].to_dict("records"):
         for column in range(len(metrics)):
             figure.add_vline(
                 used["lr"],
@@ -187,10 +192,11 @@ def _only(frame: pd.DataFrame, metrics: Sequence[str], **where: str) -> pd.DataF
     chosen = frame[frame["metric"].isin(metrics) & (frame["subset"] == "all")]
     for column, value in where.items():
         chosen = chosen[chosen[column] == value]
+    # Runs without an update have no rate and no place here.
+    chosen = chosen[chosen["method"].isin(METHOD_NAMES)]
     if chosen.empty:
         raise ValueError(f"the frame has no rows of {' or '.join(metrics)}")
-    # Runs without an update have no rate and no place here.
-    return chosen[chosen["method"].isin(METHOD_NAMES)]
+    return chosen
 
 
 def _error_bars(group: pd.DataFrame) -> dict[str, object]:

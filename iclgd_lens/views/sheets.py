@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pandas as pd
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from iclgd_lens.files import written_whole
@@ -43,18 +44,22 @@ class Column:
     def shown(self, row: Any) -> str:
         """Write this column's cell of a row."""
         value = row[self.value]
-        if value is None or value != value:
+        if _missing(value):
             return "–"
         if isinstance(value, str):
             return value
         if self.style == P_VALUE and value < SMALLEST_P:
             return f"< {SMALLEST_P}"
         text = f"{value:{self.style}}" if isinstance(value, float) else str(value)
-        if self.spread and row[self.spread] == row[self.spread]:
+        if self.spread and not _missing(row[self.spread]):
             text += f" ± {row[self.spread]:{self.style.lstrip('+')}}"
-        if self.low and self.high and row[self.low] == row[self.low]:
+        if self.low and self.high and not _missing(row[self.low]) and not _missing(row[self.high]):
             text += f" [{row[self.low]:{self.style}}, {row[self.high]:{self.style}}]"
-        return text.replace("-", "−") if isinstance(value, float) else text
+        return text.replace("-", "−")
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +92,15 @@ class Sheet:
 
     def rich(self) -> Table:
         """The table for a terminal."""
-        table = Table(title=self.title, title_justify="left", title_style="bold", caption=self.note or None, caption_justify="left")
+        # As text: a task's name may hold what the console reads as markup.
+        note = Text(self.note) if self.note else None
+        table = Table(title=Text(self.title), title_justify="left", title_style="bold", caption=note, caption_justify="left")
         table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
         for index, column in enumerate(self.columns):
             text = index == 0 or (bool(len(self.numbers)) and isinstance(self.numbers[column.value].iloc[0], str))
-            table.add_column(column.header, justify="left" if text else "right", overflow="fold")
+            table.add_column(Text(column.header), justify="left" if text else "right", overflow="fold")
         for row in self.cells:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         return table
 
     def markdown(self) -> str:
@@ -104,7 +111,8 @@ class Sheet:
 
     def latex(self) -> str:
         """The table as a LaTeX `table` with `booktabs` rules, its title as the caption."""
-        body = tabulate(self.cells, headers=self.headers, tablefmt="latex_booktabs", disable_numparse=True)
+        cells = self.cells or [[""] * len(self.columns)]  # which tells how many columns there are
+        body = tabulate(cells, headers=self.headers, tablefmt="latex_booktabs", disable_numparse=True)
         caption = "".join(LATEX_ESCAPE_RULES.get(sign, sign) for sign in f"{self.title}. {self.note}".strip())
         whole = "\n".join([r"\begin{table}", r"\centering", body, rf"\caption{{{caption}}}", r"\end{table}"]) + "\n"
         for sign, command in LATEX_SIGNS.items():

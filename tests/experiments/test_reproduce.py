@@ -9,7 +9,7 @@ import torch
 from pandas.testing import assert_frame_equal
 from transformer_lens import HookedTransformer
 
-from iclgd_lens import load_model, untrained_twin
+from iclgd_lens import claims, load_model, untrained_twin
 from iclgd_lens.data.registry import load_task
 from iclgd_lens.experiments import reproduce as running
 from iclgd_lens.experiments.compare import CONTROLS, compare
@@ -85,6 +85,16 @@ def test_rates_are_those_that_the_search_chooses(results: running.Results):
 def test_the_curve_is_on_held_out_draws(results: running.Results):
     assert set(results.curve["lr"]) == set(SMALL.grid)
     assert not set(results.curve["seed"]) & {0, 1}
+
+
+def test_every_claim_is_computed_with_an_interval_at_rates_chosen_on_held_out_draws(results: running.Results):
+    found = claims(results.frame)
+    assert set(found["claim"]) == {"LCGD above GD", "untrained twins comparable", "α small"}
+    over_all = found[found["task"] == "all tasks"]
+    assert len(over_all) == 2 + 2 * 2 * 2 + 2
+    assert found[["mean", "low", "high"]].notna().all(axis=None)
+    assert (found["low"] <= found["high"]).all()
+    assert found["outcome"].str.len().min() > 0
 
 
 ONE = Protocol(("bundled/remapped",), seeds=(0, 1), k=4, n_queries=3, orders=1, lr=0.01)
