@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     Folders that are missing are made. The file can be read by everybody, whatever the writing library thinks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    # Of this process, so that two that write the same file do not write into each other's.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.chmod(0o644)

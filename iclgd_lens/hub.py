@@ -29,6 +29,8 @@ def asked(what: str, instead: str) -> Iterator[None]:
             logger.setLevel(logging.CRITICAL)
         yield
     except Exception as error:  # of the library, of its HTTP client, of the file system
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # which no connection would mend
+            raise
         reason = (str(error) or type(error).__name__).strip().split("\n", maxsplit=1)[0].rstrip(".")
         raise OSError(
             f"cannot load {what} from the hub or its local cache: {reason}. Without a connection: {instead}"

@@ -99,6 +99,8 @@ def test_a_local_model_and_local_data_go_the_same_way_with_the_paper_s_settings(
         (["--lr", "paper"], "no learning rate for task 'bundled/remapped'"),
         (["--grid", "1;2"], "--grid must be numbers with commas between them"),
         (["--control", "noise"], "controls must be some of"),
+        (["--control", "none", "--control", "random"], "--control none stands alone"),
+        (["--k", "0"], "k must be a number of demonstrations, at least 1"),
         (["--k", "many"], "k must be a number of demonstrations or 'fit'"),
         (["--k", "9999"], "longer than the model's context window"),
         (["--task", "sst2", "--lr", "0.1"], "no unknown"),

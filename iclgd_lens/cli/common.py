@@ -63,7 +63,7 @@ def progress_bar() -> Progress:
     """A bar that is gone when the work is done."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
 from iclgd_lens.cli.common import (
+    MOST_SEED,
     Device,
     LossOn,
     Readout,
@@ -49,7 +51,9 @@ def reproduce(
     ] = None,
     lr_curve: Annotated[bool, typer.Option("--lr-curve", help="Similarity against learning rate, on held-out draws.")] = False,
     grid: Annotated[str | None, typer.Option(help="Learning rates to try, as in 0.001,0.01,0.1.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="A seed; repeat for several. By default the paper's.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, max=MOST_SEED, help="A seed; repeat for several. By default the paper's.")
+    ] = None,
     orders: Annotated[int, typer.Option(min=1, help="Orders of the same demonstrations.")] = 3,
     k: Annotated[
         str | None, typer.Option(help="Demonstrations, or 'fit': as many of 32 as fit, the default for real tasks.")
@@ -116,9 +120,11 @@ def reproduce(
         if model == "bundled":
             # So small that threads cost more than they bring.
             torch.set_num_threads(1)
-        with console.status(f"loading the model {model}"):
+        with console.status(Text(f"loading the model {model}")):
             loaded = load_model(model, device=device, dtype=getattr(torch, dtype), process_weights=process_weights)
         name = Path(model).name if Path(model).is_dir() else model
+        # Written when all is done, so that a folder of a run that was stopped has none.
+        (out / "setting.json").unlink(missing_ok=True)
         with progress_bar() as progress:
             bar = progress.add_task("loading data", total=None)
             results = running.reproduce(
@@ -130,18 +136,19 @@ def reproduce(
                 on_total=lambda total: progress.update(bar, total=total),
                 on_runs=lambda runs, about: progress.update(bar, advance=runs, description=about),
             )
-        write_setting(out / "setting.json", loaded, name, protocol)
-    _show(results, name, out, pictures)
+        more = {"data": None if data is None else str(data), "batch_size": batch_size, "process_weights": process_weights}
+        write_setting(out / "setting.json", loaded, name, protocol, more)
+        _show(results, name, out, pictures)
 
 
 def _show(results: Results, name: str, out: Path, pictures: bool) -> None:
     """Print the tables, and write them and the figures."""
     from iclgd_lens.views.paper_figures import write_paper_figures
-    from iclgd_lens.views.paper_tables import brief, paper_tables
+    from iclgd_lens.views.paper_tables import brief, paper_tables, write_paper_tables
 
     sheets = paper_tables(results, name)
+    write_paper_tables(sheets, out / "tables")
     for sheet in sheets:
-        sheet.write(out / "tables")
         console.print(brief(sheet).rich())
     with console.status("drawing figures"):
         problem = write_paper_figures(results, out / "figures", pictures)
@@ -170,9 +177,15 @@ def _tasks(given: Sequence[str] | None, model: str, bundled: tuple[str, ...], pa
 def _controls(given: Sequence[str] | None, several: bool) -> tuple[Any, ...]:
     from iclgd_lens.experiments.compare import CONTROLS
 
-    if not given or given == ["all"]:
-        return tuple(control for control in CONTROLS if several or control != "other_task")
-    return () if given == ["none"] else tuple(given)
+    alone = {"all": tuple(control for control in CONTROLS if several or control != "other_task"), "none": ()}
+    if not given:
+        return alone["all"]
+    if len(given) == 1 and given[0] in alone:
+        return alone[given[0]]
+    for word in alone:
+        if word in given:
+            raise ValueError(f"--control {word} stands alone; name controls, or give all or none")
+    return tuple(given)
 
 
 def _rate(text: str) -> Any:

@@ -93,16 +93,16 @@ _MAKERS: dict[str, Maker] = {
 
 
 def register_task(name: str, make: Maker) -> None:
-    """Make a task known by name, to `load_task` and the command line of this process.
+    """Make a task known by name, to `load_task` and `Protocol` in this process; registering it again replaces it.
 
     Args:
         name: What it is called.
         make: Given the folder of local data, or None, makes the task.
 
     Raises:
-        ValueError: If the name is taken by another task.
+        ValueError: If the name is that of a task of this package or of an installed one.
     """
-    if _MAKERS.get(name, make) is not make or name in _entry_points():
+    if name in (*BUNDLED_TASKS, *SOURCES, *_entry_points()):
         raise ValueError(f"there is a task {name!r} already; choose another name")
     _MAKERS[name] = make
 

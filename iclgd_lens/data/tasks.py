@@ -58,20 +58,40 @@ class Task:
         format: How rows are written as prompts.
         draw: Draws demonstrations and queries.
         most: How many demonstrations `k="fit"` draws before it keeps those that fit.
-        tuning: The same with queries that no episode is reported on; None where every seed has queries of its own.
+        reporting: The same on the rows that are kept for results where options are tuned, too; None for all of them.
+        tuning: The same on rows whose queries are kept for tuning; None where every seed has queries of its own.
     """
 
     name: str
     format: PromptFormat
     draw: Drawing
     most: int = MOST_DEMONSTRATIONS
+    reporting: Task | None = None
     tuning: Task | None = None
 
     def for_tuning(self) -> Task:
-        """The task to choose options on, such as a learning rate: where all episodes share a split of queries, its queries come
-        from the rows of the demonstrations instead. Take other seeds than those that are reported, too.
+        """The task to choose options on, such as a learning rate, whose queries `for_reporting` never has. Take other seeds, too.
+
+        Where there is a split for queries, queries to tune on come from the rows of the demonstrations. Where there is none, a
+        third of the rows is kept for tuning. Bundled tasks have queries of their own for every seed.
         """
         return self if self.tuning is None else replace(self.tuning, name=self.name)
+
+    def for_reporting(self) -> Task:
+        """The task to report results on if options were chosen on `for_tuning`."""
+        return self if self.reporting is None else replace(self.reporting, name=self.name)
+
+    def demonstrations(self, model: HookedTransformer, k: int, seed: int = 0) -> Episode:
+        """Draw demonstrations to make an update on, without queries: they need not fit the context window together.
+
+        Args:
+            model: Its tokenizer and context window are used.
+            k: The number of demonstrations at most; those that are too long for the window by themselves are left out.
+            seed: Seeds the draw.
+        """
+        drawn = self._tokenised(model, k, 1, seed)
+        fitting = tuple(each for each in drawn.demonstrations if len(each.tokens) <= model.cfg.n_ctx)
+        return replace(drawn, demonstrations=fitting, queries=())
 
     def episode(
         self, model: HookedTransformer, k: int | Literal["fit"] = 12, n_queries: int = 64, seed: int = 0, order: int = 0
@@ -97,12 +117,21 @@ class Task:
             raise ValueError(f"n_queries must be at least 1, got {n_queries!r}")
         if not isinstance(order, Integral) or order < 0:
             raise ValueError(f"order must be a number, 0 for the order of the draw; got {order!r}")
+        episode = self._tokenised(model, self.most if k == "fit" else k, n_queries, seed)
+        if k != "fit" and episode.k < k:
+            raise ValueError(f"task {self.name!r} has {episode.k} rows for demonstrations, fewer than k={k}")
+        if k == "fit":
+            fitting = max(1, how_many_fit(episode.demonstrations, episode.queries, model.cfg.n_ctx))
+            episode = replace(episode, demonstrations=episode.demonstrations[:fitting])
+        require_fit(episode.demonstrations, episode.queries, model.cfg.n_ctx)
+        return episode.reordered(order)
+
+    def _tokenised(self, model: HookedTransformer, k: int, n_queries: int, seed: int) -> Episode:
+        """Draw at most k demonstrations and `n_queries` queries, and tokenise them."""
         tokenizer = model.tokenizer
         if tokenizer is None:
             raise ValueError("the model has no tokenizer; give it one with model.set_tokenizer(...)")
-        drawn = self.draw(self.most if k == "fit" else k, n_queries, seed)
-        if k != "fit" and len(drawn.demonstrations) < k:
-            raise ValueError(f"task {self.name!r} has {len(drawn.demonstrations)} rows for demonstrations, fewer than k={k}")
+        drawn = self.draw(k, n_queries, seed)
         label_tokens = self.format.label_tokens(tokenizer, drawn.label_words)
         separator = self.format.separator_tokens(tokenizer)
 
@@ -111,14 +140,14 @@ class Task:
             prompt = self.format.prompt(tokenizer, example.fields)
             return Demonstration(torch.cat([prompt, label]), len(label), separator, example.label)
 
-        demonstrations = tuple(demonstrate(example) for example in drawn.demonstrations)
-        queries = tuple(
-            Query(self.format.prompt(tokenizer, example.fields), label_tokens, example.label) for example in drawn.queries
+        return Episode(
+            self.name,
+            seed,
+            tuple(demonstrate(example) for example in drawn.demonstrations),
+            tuple(Query(self.format.prompt(tokenizer, example.fields), label_tokens, example.label) for example in drawn.queries),
+            drawn.label_words,
+            label_tokens,
         )
-        if k == "fit":
-            demonstrations = demonstrations[: max(1, how_many_fit(demonstrations, queries, model.cfg.n_ctx))]
-        require_fit(demonstrations, queries, model.cfg.n_ctx)
-        return Episode(self.name, seed, demonstrations, queries, drawn.label_words, label_tokens).reordered(order)
 
     @classmethod
     def from_rows(
@@ -158,26 +187,30 @@ class Task:
         source, query_source = sources or (name, f"{name} (queries)")
         pool = checked_examples(rows, source, prompt_format, table, label_column)
 
-        def draw_from_pool(k: int, n_queries: int, seed: int) -> Draw:
-            order = shuffled(random.Random(f"{name}/{seed}"), pool)
-            queries = order[k:][:n_queries]
-            if not queries:
-                raise ValueError(f"task {name!r} has {len(pool)} rows: after k={k} demonstrations none is left for queries")
-            return Draw(label_words, tuple(order[:k]), tuple(queries))
+        def on(rows: list[Example]) -> Task:
+            """A task whose queries are the rows that follow the demonstrations."""
 
-        # Half of the rows at least are left for queries.
-        from_pool = cls(name, prompt_format, draw_from_pool, most=min(MOST_DEMONSTRATIONS, max(1, len(pool) // 2)))
+            def draw(k: int, n_queries: int, seed: int) -> Draw:
+                order = shuffled(random.Random(f"{name}/{seed}"), rows)
+                if k >= len(rows):
+                    raise ValueError(f"task {name!r} has {len(rows)} rows: after k={k} demonstrations none is left for queries")
+                return Draw(label_words, tuple(order[:k]), tuple(order[k:][:n_queries]))
+
+            # Half of the rows at least are left for queries.
+            return cls(name, prompt_format, draw, most=min(MOST_DEMONSTRATIONS, max(1, len(rows) // 2)))
+
         if query_rows is None:
-            return from_pool
+            parted, third = shuffled(random.Random(f"{name}/tuning"), pool), len(pool) // 3
+            return replace(on(pool), reporting=on(parted[third:]), tuning=on(parted[:third]))
         queries = shuffled(
             random.Random(f"{name}/queries"), checked_examples(query_rows, query_source, prompt_format, table, label_column)
         )
 
-        def draw(k: int, n_queries: int, seed: int) -> Draw:
+        def draw_both(k: int, n_queries: int, seed: int) -> Draw:
             order = shuffled(random.Random(f"{name}/{seed}"), pool)
             return Draw(label_words, tuple(order[:k]), tuple(queries[:n_queries]))
 
-        return cls(name, prompt_format, draw, most=min(MOST_DEMONSTRATIONS, len(pool)), tuning=from_pool)
+        return cls(name, prompt_format, draw_both, most=min(MOST_DEMONSTRATIONS, len(pool)), tuning=on(pool))
 
     @classmethod
     def from_csv(cls, path: str | Path, *, query_path: str | Path | None = None, **options: Any) -> Task:

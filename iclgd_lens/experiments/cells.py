@@ -53,4 +53,4 @@ def cell(
 def cell_stem(name: str, key: Mapping[str, Any]) -> str:
     """The beginning of a cell's file names: its name, and 16 hex digits for its key."""
     text = json.dumps({"format": RESULTS_FORMAT, **key}, sort_keys=True)
-    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name)[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -7,7 +7,8 @@
 ==========================================  ==============================================================================
 
 A draw is one set of demonstrations; its orders, queries, layers and heads are averaged first. What an outcome says rests on the
-95 % t-interval over draws, and on nothing else. Intervals are not corrected for the number of claims.
+95 % t-interval over draws, and on nothing else; over all tasks every task counts alike (`results.estimate`). Intervals are not
+corrected for the number of claims.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from iclgd_lens.experiments.paper import ALPHA_RANGE
-from iclgd_lens.experiments.results import EPISODE, interval, p_value, paired_differences, refuse_pooling
+from iclgd_lens.experiments.results import EPISODE, estimate, paired_differences, refuse_pooling
 
 METRICS = ("sim_aou", "sim_am_delta")
 
@@ -48,7 +48,7 @@ def _lcgd_above_gd(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
         return
     for metric in METRICS:
         a, b = ({"model": "trained", "method": method} for method in ("lcgd", "gd"))
-        for task, values in _by_task(paired_differences(frame, metric, a, b)):
+        for task, values in _by_task(paired_differences(frame, metric, a, b), frame):
             about = {"claim": "LCGD above GD", "metric": metric, "method": "lcgd − gd", "twin": None, "task": task}
             yield about | _difference(values, "LCGD above GD", "LCGD below GD")
 
@@ -58,34 +58,36 @@ def _twins_comparable(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
         for method in [method for method in ("gd", "lcgd") if method in set(frame["method"])]:
             for twin in [model for model in frame["model"].unique() if model != "trained"]:
                 a, b = ({"model": model, "method": method} for model in ("trained", twin))
-                for task, values in _by_task(paired_differences(frame, metric, a, b)):
+                for task, values in _by_task(paired_differences(frame, metric, a, b), frame):
                     about = {"claim": "untrained twins comparable", "metric": metric, "method": method, "twin": twin, "task": task}
                     yield about | _difference(values, "trained above twin", "twin above trained")
 
 
 def _alpha_small(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
     trained = frame[(frame["model"] == "trained") & (frame["control"] == "none") & (frame["subset"] == "all")]
+    limit = ALPHA_RANGE[1]
     for metric in ("alpha_aou", "alpha_am"):
-        refuse_pooling(trained[trained["metric"] == metric], [])
-        per_draw = trained[trained["metric"] == metric].groupby(EPISODE, sort=False)["value"].mean()
-        for task, values in _by_task(per_draw):
-            mean, low, high, draws = interval(values)
-            limit = ALPHA_RANGE[1]
-            outcome = f"at most {limit}" if high <= limit else f"above {limit}" if low > limit else "undecided"
+        alphas = trained[trained["metric"] == metric]
+        refuse_pooling(alphas, [])
+        for task, values in _by_task(alphas.groupby(EPISODE, sort=False)["value"].mean(), frame):
+            found = estimate(values)
+            outcome = f"at most {limit}" if found.high <= limit else f"above {limit}" if found.low > limit else "undecided"
             about = {"claim": "α small", "metric": metric, "method": "lcgd and gd", "twin": None, "task": task}
-            yield about | {"mean": mean, "low": low, "high": high, "p": float("nan"), "draws": draws, "outcome": outcome}
+            yield about | found._asdict() | {"p": float("nan"), "outcome": outcome}
 
 
-def _by_task(per_draw: pd.Series) -> Iterator[tuple[str, np.ndarray]]:
+def _by_task(per_draw: pd.Series, frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
+    """The values of every task that has any, and of all tasks together if there are several and each has some."""
     per_draw = per_draw.dropna()
     tasks = per_draw.index.get_level_values("task")
     for task in tasks.unique():
-        yield str(task), per_draw[tasks == task].to_numpy()
-    if tasks.nunique() > 1:
-        yield OVER_TASKS, per_draw.to_numpy()
+        yield str(task), per_draw[tasks == task]
+    if tasks.nunique() == frame["task"].nunique() > 1:
+        yield OVER_TASKS, per_draw
 
 
-def _difference(values: np.ndarray, if_above: str, if_below: str) -> dict[str, Any]:
-    mean, low, high, draws = interval(values)
-    outcome = "undecided" if low != low else if_above if low > 0 else if_below if high < 0 else "no difference found"
-    return {"mean": mean, "low": low, "high": high, "p": p_value(values), "draws": draws, "outcome": outcome}
+def _difference(values: pd.Series, if_above: str, if_below: str) -> dict[str, Any]:
+    found = estimate(values)
+    undecided = found.low != found.low
+    outcome = "undecided" if undecided else if_above if found.low > 0 else if_below if found.high < 0 else "no difference found"
+    return {**found._asdict(), "outcome": outcome}

@@ -227,10 +227,9 @@ class Reference:
             self._add_outputs(rows, runs[method], about)
             rows.add("frame", similarity_rows(self.icl, runs[method], self.zsl, gd_run), **about)
             make = partial(self._update, method, rates[method], options)
-            seed = len(methods) * self.episode.seed + methods.index(method)
             for control in controls:
                 about["control"] = control
-                controlled = partial(self._controlled, control, update, runs[method], make, other, seed)
+                controlled = partial(self._controlled, control, update, runs[method], make, other)
                 ft = unless_diverged(controlled, **about)
                 if ft is None:
                     continue
@@ -253,13 +252,15 @@ class Reference:
         ft: Activations,
         make: Callable[[Sequence[Demonstration], Episode], ParameterUpdate],
         other: Episode | None,
-        seed: int,
     ) -> Activations | None:
         """Run the queries with a control in the place of the update; None if it has nothing to change."""
+        # Wrong demonstrations are the same for every method, random directions are not.
+        seed = self.episode.seed
+        own_seed = len(METHODS) * seed + tuple(METHODS).index(update.settings.method)
         if control == "random":
-            return random_update(ft, self.zsl, seed)
+            return random_update(ft, self.zsl, own_seed)
         if control == "random_weights":
-            instead = random_weights(update, seed)
+            instead = random_weights(update, own_seed)
             self.tick()
             return self.run(update=instead)
         source = self.episode

@@ -23,6 +23,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """The columns of each frame after those that say which episode, options and model a row is about."""
 
+TYPES: dict[str, dict[str, str]] = {
+    "frame": {"lr": "float64", "layer": "Int64", "value": "float64", "n": "int64", "undefined": "int64"},
+    "queries": {"lr": "float64", "query": "int64", "is_gold": "bool", "probability": "float64"},
+    "gradients": {"lr": "float64", "layer": "int64", "step": "int64", "gradient_norm": "float64"},
+    "problems": {"lr": "float64"},
+}
+"""The types of those of its columns that hold numbers."""
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
@@ -75,9 +83,8 @@ class Rows:
     def comparison(self) -> Comparison:
         """Make frames of the rows."""
         frames = {part: pd.DataFrame(getattr(self, part), columns=[*self.source, *COLUMNS[part]]) for part in PARTS}
-        # A frame without any rate would hold objects, and could not be joined with one that has some.
-        typed = {part: frame.astype({"lr": "float64"}) for part, frame in frames.items()}
-        return Comparison(**typed | {"frame": typed["frame"].astype({"layer": "Int64"})})
+        # A frame without any row would hold objects, and would make objects of numbers that it is joined with.
+        return Comparison(**{part: frame.astype(TYPES[part]) for part, frame in frames.items()})
 
 
 def source_columns(episode: Episode, options: Mapping[str, Any], called: str) -> dict[str, Any]:

@@ -99,9 +99,8 @@ def choose(searched: pd.DataFrame) -> dict[str, float]:
     for method, group in searched.groupby("method", sort=False):
         sound = group.groupby("lr").filter(lambda at_rate: bool(at_rate[["accuracy", "label_loss"]].notna().all(axis=None)))
         if sound.empty:
-            raise ValueError(
-                f"{method} diverged at every learning rate tried ({', '.join(f'{lr:g}' for lr in group['lr'].unique())})"
-            )
+            tried = ", ".join(f"{lr:g}" for lr in group["lr"].unique())
+            raise ValueError(f"{method} diverged at every learning rate tried ({tried}), or no query has a gold label")
         means = sound.groupby("lr")[["accuracy", "label_loss"]].mean().round(12).reset_index()
         ranked = means.sort_values(["accuracy", "label_loss", "lr"], ascending=[False, True, True])
         chosen[str(method)] = float(ranked["lr"].iloc[0])
@@ -121,7 +120,7 @@ def similarity_by_rate(
 ) -> pd.DataFrame:
     """How every metric depends on the learning rate: the frame of `compare` at each of them, the runs without update made once.
 
-    A rate at which a method diverges has no rows of that method.
+    A rate at which a method diverges has no rows of that method; the frame is empty if none has any.
 
     Args:
         model: The model.
@@ -146,4 +145,4 @@ def similarity_by_rate(
                 finally:
                     if on_run is not None:
                         on_run()
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,9 @@ Subset = Literal["all", "false_to_true"]
 
 Row = dict[str, Any]
 
+CHUNK = 256
+"""How many queries a similarity is computed for at once."""
+
 
 def run_rows(run: Activations) -> Iterator[Row]:
     """How well one run does the task."""
@@ -50,14 +54,20 @@ def similarity_rows(icl: Activations, ft: Activations, zsl: Activations, gd: Act
         gd: The same under GD, where `ft` is LCGD and α is wanted.
     """
     changed = false_to_true(icl, ft, zsl)
-    yield from _over_subsets("sim_aou", sim_aou(icl, ft, zsl), changed)
-    yield from _over_subsets("sim_aou_norm", sim_aou_norm(icl, ft, zsl), changed)
-    yield from _over_subsets("sim_am", sim_am(icl, ft), changed)
-    yield from _over_subsets("sim_am_zsl", sim_am(icl, zsl), changed)
-    yield from _over_subsets("sim_am_delta", sim_am_delta(icl, ft, zsl), changed)
+    yield from _over_subsets("sim_aou", _by_chunks(sim_aou, icl, ft, zsl), changed)
+    yield from _over_subsets("sim_aou_norm", _by_chunks(sim_aou_norm, icl, ft, zsl), changed)
+    yield from _over_subsets("sim_am", _by_chunks(sim_am, icl, ft), changed)
+    yield from _over_subsets("sim_am_zsl", _by_chunks(sim_am, icl, zsl), changed)
+    yield from _over_subsets("sim_am_delta", _by_chunks(sim_am_delta, icl, ft, zsl), changed)
     if gd is not None:
-        yield from _rows("alpha_aou", alpha(ft, gd, zsl, of="attn_out"))
-        yield from _rows("alpha_am", alpha(ft, gd, zsl, of="query_scores"))
+        yield from _rows("alpha_aou", _by_chunks(partial(alpha, of="attn_out"), ft, gd, zsl))
+        yield from _rows("alpha_am", _by_chunks(partial(alpha, of="query_scores"), ft, gd, zsl))
+
+
+def _by_chunks(similarity: Callable[..., Tensor], *runs: Activations) -> Tensor:
+    """A similarity of runs, some queries at a time: its temporaries are several times what it reads."""
+    starts = range(0, len(runs[0].labels), CHUNK)
+    return torch.cat([similarity(*(run.of(slice(start, start + CHUNK)) for run in runs)) for start in starts])
 
 
 def rec2ftp_rows(icl: Activations, ft: Activations, zsl: Activations) -> Iterator[Row]:

@@ -61,7 +61,8 @@ class Protocol:
         n_tuning_seeds: How many held-out draws `"auto"` and the curve use; by default 10 for bundled tasks and 3 for others.
         n_tuning_queries: How many queries each of those has at most.
         lr_curve: Whether to measure similarity against learning rate, on the held-out draws.
-        options: How updates are made, as in `gd`: `loss_on`, `readout`, `schedule`, `epochs` and `parameters`.
+        options: How updates are made, as in `gd`: `loss_on`, `readout`, `schedule`, `epochs` and `parameters`; the defaults are
+            those of `gd`.
 
     Raises:
         ValueError: If anything is unknown, out of range or does not fit another.
@@ -87,7 +88,8 @@ class Protocol:
         if not self.tasks:
             raise ValueError("no tasks: name at least one")
         require_tasks([*self.tasks, *([self.other_task] if self.other_task else [])])
-        for name, values in (("tasks", self.tasks), ("seeds", self.seeds or ()), ("grid", self.grid)):
+        for name in ("tasks", "seeds", "grid", "methods", "controls", "twins"):
+            values = getattr(self, name) or ()
             if twice := [value for value in values if list(values).count(value) > 1]:
                 raise ValueError(f"{name} names {twice[0]!r} twice")
         require_known("methods", self.methods, tuple(METHODS))
@@ -99,9 +101,12 @@ class Protocol:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or value < 1):
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
+        if self.k is not None and self.k != "fit" and (not isinstance(self.k, Integral) or self.k < 1):
+            raise ValueError(f"k must be a number of demonstrations, at least 1, or 'fit'; got {self.k!r}")
         if self.seeds is not None and not self.seeds:
             raise ValueError("seeds must be at least one; got none")
         self._check_rate()
+        object.__setattr__(self, "options", {**UPDATE_OPTIONS, **self.options})
         UpdateSettings("gd", 0.0, **self.options)  # which checks the options
         for task in self.tasks:
             self.other(task)

@@ -25,7 +25,7 @@ from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.registry import load_task
 from iclgd_lens.data.tasks import Task
 from iclgd_lens.experiments.cells import cell
-from iclgd_lens.experiments.compare import Control, compare, n_runs
+from iclgd_lens.experiments.compare import Control, Method, compare, n_runs
 from iclgd_lens.experiments.comparison import PARTS, Comparison
 from iclgd_lens.experiments.learning_rate import choose, search, similarity_by_rate
 from iclgd_lens.experiments.paper import PAPER
@@ -62,6 +62,11 @@ class Results:
 
 
 FRAMES = (*PARTS, "rates", "searched", "curve")
+
+Frames = dict[str, pd.DataFrame]
+
+NOT_NUMERIC = ("model_name", "tokenizer_name", "device", "n_devices", "seed", "init_weights", "initializer_range")
+"""What a model's configuration says of where it comes from and where it is, and not of what it computes."""
 
 
 def reproduce(
@@ -100,7 +105,7 @@ def reproduce(
         model,
         protocol,
         Path(out) / "cells",
-        fingerprint(model),
+        _model_key(model),
         batch_size,
         on_runs or (lambda runs, about: None),
         {name: _draw(protocol, tasks, name, model) for name in protocol.tasks},
@@ -112,6 +117,16 @@ def reproduce(
     for part in FRAMES:
         write_frame(getattr(results, part), Path(out) / f"{part}.parquet")
     return results
+
+
+def _model_key(model: HookedTransformer) -> dict[str, Any]:
+    """What a model's results depend on: its weights, their dtype, and the numbers of its configuration."""
+    config = {
+        name: value
+        for name, value in sorted(vars(model.cfg).items())
+        if name not in NOT_NUMERIC and isinstance(value, (bool, int, float, str, list, type(None)))
+    }
+    return {"weights": fingerprint(model), "dtype": str(model.cfg.dtype), "config": config}
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +143,18 @@ def _load_tasks(protocol: Protocol, data: str | Path | None) -> dict[str, Task]:
     return {name: load_task(name, data) for name in dict.fromkeys([*protocol.tasks, *filter(None, others)])}
 
 
+def _tunes(protocol: Protocol) -> bool:
+    return protocol.lr == "auto" or protocol.lr_curve
+
+
 def _draw(protocol: Protocol, tasks: Mapping[str, Task], name: str, model: HookedTransformer) -> list[_Draw]:
     plan, other_name = protocol.plan(name), protocol.other(name)
+    task = tasks[name].for_reporting() if _tunes(protocol) else tasks[name]
     draws = []
     for seed in plan.seeds:
-        first = tasks[name].episode(model, k=plan.k, n_queries=plan.n_queries, seed=seed)
-        other = None
-        if other_name is not None:
-            other = tasks[other_name].episode(model, k=protocol.plan(other_name).k, n_queries=1, seed=seed)
+        first = task.episode(model, k=plan.k, n_queries=plan.n_queries, seed=seed)
+        # As many as the true ones, so that it is another task and not another number of steps.
+        other = None if other_name is None else tasks[other_name].demonstrations(model, k=first.k, seed=seed)
         # A few demonstrations may have fewer orders than are wanted.
         orders = range(min(protocol.orders, math.factorial(first.k)))
         draws.append(_Draw(seed, tuple(first.reordered(order) for order in orders), other))
@@ -143,7 +162,7 @@ def _draw(protocol: Protocol, tasks: Mapping[str, Task], name: str, model: Hooke
 
 
 def _draw_for_tuning(protocol: Protocol, task: Task, name: str, model: HookedTransformer) -> list[Episode]:
-    if protocol.lr != "auto" and not protocol.lr_curve:
+    if not _tunes(protocol):
         return []
     held_out, plan = task.for_tuning(), protocol.plan(name)
     return [held_out.episode(model, k=plan.k, n_queries=protocol.n_tuning_queries, seed=seed) for seed in plan.tuning_seeds]
@@ -156,7 +175,7 @@ class _Run:
     model: HookedTransformer
     protocol: Protocol
     folder: Path
-    fingerprint: str
+    model_key: Mapping[str, Any]
     batch_size: int
     report: Callable[[int, str], None]
     draws: Mapping[str, list[_Draw]]
@@ -179,50 +198,59 @@ class _Run:
 
     def results(self) -> Results:
         """Run or read all cells."""
-        rates, searched, curves, comparisons = [], [], [], []
+        rates, searched, curves = [], [], []
+        problems: list[dict[str, Any]] = []
+        comparisons: list[Comparison] = []
         for name in self.protocol.tasks:
             found = self.searched(name)
-            chosen = self.rates(name, found)
+            chosen = self.rates(name, found, problems)
             searched.append(found)
             rates += [{"task": name, "method": method, "lr": lr} for method, lr in chosen.items()]
             comparisons += [c for draw in self.draws[name] for c in self.comparisons(draw, chosen)]
             curves.append(self.curve(name))
+        if not comparisons:
+            raise ValueError("; ".join(f"{problem['task']}: {problem['problem']}" for problem in problems))
         whole = Comparison.concatenated(comparisons)
         return Results(
             self.protocol,
             whole.frame,
             whole.queries,
             whole.gradients,
-            whole.problems,
-            pd.DataFrame(rates),
+            pd.concat([whole.problems, pd.DataFrame(problems)], ignore_index=True) if problems else whole.problems,
+            pd.DataFrame(rates, columns=["task", "method", "lr"]),
             pd.concat(searched, ignore_index=True),
             pd.concat(curves, ignore_index=True),
         )
 
-    def rates(self, task: str, searched: pd.DataFrame) -> dict[str, float]:
-        """The learning rate of every method on a task."""
+    def rates(self, task: str, searched: pd.DataFrame, problems: list[dict[str, Any]]) -> dict[Method, float]:
+        """The learning rate of every method on a task; why a method has none is added to the problems."""
         protocol = self.protocol
-        if protocol.lr == "auto":
-            return choose(searched)
-        lr = PAPER[task].lr if isinstance(protocol.lr, str) else float(protocol.lr)
-        return dict.fromkeys(protocol.methods, lr)
+        if protocol.lr != "auto":
+            lr = PAPER[task].lr if isinstance(protocol.lr, str) else float(protocol.lr)
+            return dict.fromkeys(protocol.methods, lr)
+        chosen: dict[Method, float] = {}
+        for method in protocol.methods:
+            try:
+                chosen[method] = choose(searched[searched["method"] == method])[method]
+            except ValueError as error:
+                problems.append({"task": task, "model": "trained", "method": method, "problem": str(error)})
+        return chosen
 
     def searched(self, task: str) -> pd.DataFrame:
         """The search for learning rates on a task; nothing unless they are `"auto"`."""
         if self.protocol.lr != "auto":
             return pd.DataFrame()
-        return self._at_all_rates(f"{task}, learning rates", search, self.tuning[task], lambda: self.model)
+        return self._at_all_rates(f"{task}, learning rates", search, self.tuning[task], "trained")
 
     def curve(self, task: str) -> pd.DataFrame:
         """Similarity against learning rate on a task, of the model and of the paper's twin; nothing unless it is wanted."""
         if not self.protocol.lr_curve:
             return pd.DataFrame()
-        about, episodes = f"{task}, learning-rate curve", self.tuning[task]
-        curves = [self._at_all_rates(about, similarity_by_rate, episodes, lambda: self.model, called="trained")]
-        for called in self.curve_twins:
-            for episode in episodes:  # each with a twin of its own
-                twin = partial(self._subject, called, episode.seed)
-                curves.append(self._at_all_rates(f"{about}, {called}", similarity_by_rate, [episode], twin, called=called))
+        about = f"{task}, learning-rate curve"
+        curves = [
+            self._at_all_rates(f"{about}, {called}", partial(similarity_by_rate, called=called), self.tuning[task], called)
+            for called in ("trained", *self.curve_twins)
+        ]
         return pd.concat(curves, ignore_index=True)
 
     @property
@@ -231,32 +259,35 @@ class _Run:
         return self.protocol.twins[:1]
 
     def _at_all_rates(
-        self,
-        about: str,
-        measure: Callable[..., pd.DataFrame],
-        episodes: Sequence[Episode],
-        subject: Callable[[], HookedTransformer],
-        **more: str,
+        self, about: str, measure: Callable[..., pd.DataFrame], episodes: Sequence[Episode], called: str
     ) -> pd.DataFrame:
+        """Measure at all rates of the grid, every episode and method a cell of its own."""
         protocol = self.protocol
-        key = {
-            "names": [measure.__name__, *[[episode.task, episode.seed] for episode in episodes]],
-            "episodes": [episode.digest for episode in episodes],
-            "grid": protocol.grid,
-            **more,
-            "keep": TWINS.get(more.get("called", "")),
-        }
+        frames = []
+        for episode in episodes:
+            subject = cache(partial(self._subject, called, episode.seed))
+            for method in protocol.methods:
+                key = {
+                    "names": [about, episode.task, episode.seed, called, method],
+                    "episode": episode.digest,
+                    "grid": protocol.grid,
+                    "keep": TWINS.get(called),
+                }
 
-        def make(tick: Callable[[], None]) -> dict[str, pd.DataFrame]:
-            methods, options = protocol.methods, protocol.options
-            options = {**options, **more, "batch_size": self.batch_size, "on_run": tick}
-            return {"frame": measure(subject(), episodes, methods, protocol.grid, **options)}
+                def make(tick: Callable[[], None], subject: Any = subject, episode: Any = episode, method: Any = method) -> Frames:
+                    how = {**protocol.options, "batch_size": self.batch_size, "on_run": tick}
+                    return {"frame": measure(subject(), [episode], [method], protocol.grid, **how)}
 
-        count = len(episodes) * len(protocol.methods) * len(protocol.grid)
-        return self._cell(about, key, ("frame",), make, count)["frame"]
+                where = f"{about}, seed {episode.seed}, {method}"
+                frames.append(self._cell(where, key, ("frame",), make, len(protocol.grid))["frame"])
+        return pd.concat(frames, ignore_index=True)
 
-    def comparisons(self, draw: _Draw, rates: Mapping[str, float]) -> Iterator[Comparison]:
-        """The comparisons of the model and its twins on one draw, in every order."""
+    def comparisons(self, draw: _Draw, rates: Mapping[Method, float]) -> Iterator[Comparison]:
+        """The comparisons of the model and its twins on one draw, in every order; none if no method has a rate."""
+        if not rates:
+            per_episode = sum(n_runs(self.protocol.methods, controls) for controls in self.subjects.values())
+            self.report(len(draw.episodes) * per_episode, "nothing to run")
+            return
         for called, controls in self.subjects.items():
             # Made when first needed: a run that goes on may need none.
             subject = cache(partial(self._subject, called, draw.seed))
@@ -283,14 +314,14 @@ class _Run:
         controls: tuple[Control, ...],
         episode: Episode,
         other: Episode | None,
-        rates: Mapping[str, float],
+        rates: Mapping[Method, float],
         tick: Callable[[], None],
-    ) -> dict[str, pd.DataFrame]:
+    ) -> Frames:
         comparison = compare(
             subject(),
             episode,
-            self.protocol.methods,
-            lr=rates,
+            tuple(rates),
+            lr={str(method): lr for method, lr in rates.items()},
             controls=controls,
             other=other,
             batch_size=self.batch_size,
@@ -306,9 +337,9 @@ class _Run:
         about: str,
         key: Mapping[str, Any],
         parts: Sequence[str],
-        make: Callable[[Callable[[], None]], dict[str, pd.DataFrame]],
+        make: Callable[[Callable[[], None]], Frames],
         count: int,
-    ) -> dict[str, pd.DataFrame]:
+    ) -> Frames:
         """Read or make a cell; report its runs one by one as they are made, and those that were not needed at once."""
         ran = 0
 
@@ -317,8 +348,7 @@ class _Run:
             ran += 1
             self.report(1, about)
 
-        protocol = self.protocol
-        key = {"model": self.fingerprint, "methods": protocol.methods, "options": {**protocol.options}, **key}
+        key = {"model": self.model_key, "options": {**self.protocol.options}, **key}
         frames = cell(self.folder, about, key, parts, partial(make, tick))
         if ran < count:
             self.report(count - ran, about)

@@ -6,8 +6,10 @@ the demonstrations, and layers where asked), then over draws, and its interval s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -60,46 +62,85 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "cont
     return summary.astype({"episodes": int, "undefined": int})
 
 
-def paired_difference(frame: pd.DataFrame, metric: str, a: dict[str, str], b: dict[str, str]) -> tuple[float, float, float, int]:
-    """The mean difference of a metric between two conditions on the same draws, with its 95 % t-interval.
+class Estimate(NamedTuple):
+    """A mean over draws, and how well it is known.
+
+    Attributes:
+        mean: The mean; over several tasks the mean of their means, each task counting alike.
+        low: The lower end of its 95 % t-interval; NaN if a task has fewer than two draws.
+        high: The upper end.
+        p: The two-sided p-value of the t-test that the mean is zero; NaN likewise.
+        draws: The number of draws with a defined value.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    draws: int
+
+
+def paired_difference(frame: pd.DataFrame, metric: str, a: dict[str, str], b: dict[str, str]) -> Estimate:
+    """The mean difference of a metric between two conditions on the same draws, with its interval and paired t-test.
 
     Args:
         frame: Rows of several comparisons.
-        metric: Which metric; layers and orders are averaged within each draw.
+        metric: Which metric.
         a: The first condition, as column values, such as `{"model": "trained", "method": "lcgd"}`; if it does not name them,
             `control` is `"none"` and `subset` is `"all"`.
         b: The condition that is subtracted.
 
-    Returns:
-        Mean, low, high, and the number of draws in which both are defined.
-
     Raises:
         ValueError: If a condition would average over different options of the updates, such as learning rates within a task.
     """
-    return interval(paired_differences(frame, metric, a, b).to_numpy())
+    return estimate(paired_differences(frame, metric, a, b))
 
 
 def paired_differences(frame: pd.DataFrame, metric: str, a: dict[str, str], b: dict[str, str]) -> pd.Series:
-    """The difference of `paired_difference` in every draw, indexed by `EPISODE`; NaN where one side is undefined.
+    """The difference of `paired_difference` in every draw, indexed by `EPISODE`; arguments are the same.
+
+    It is taken order by order and layer by layer, where both sides are defined, and averaged within the draw. Draws in which it is
+    defined nowhere are left out.
 
     Raises:
         ValueError: As `paired_difference`.
     """
 
-    def per_draw(condition: dict[str, str]) -> pd.Series:
+    def in_its_place(condition: dict[str, str]) -> pd.Series:
         chosen = frame[frame["metric"] == metric]
         for column, value in ({"control": "none", "subset": "all"} | condition).items():
             chosen = chosen[chosen[column] == value]
         refuse_pooling(chosen, [])
-        return chosen.groupby(EPISODE, sort=False)["value"].mean()
+        place = [chosen[column] for column in (*EPISODE, "order")] + [chosen["layer"].astype("Int64").fillna(-1)]
+        return chosen.groupby(place, sort=False)["value"].mean()
 
-    return per_draw(a) - per_draw(b)
+    differences = (in_its_place(a) - in_its_place(b)).dropna()
+    per_draw = differences.groupby(level=EPISODE, sort=False).mean()
+    # In the frame's own order, which a difference of unequal sides loses.
+    return per_draw.reindex(pd.MultiIndex.from_frame(frame[EPISODE].drop_duplicates())).dropna()
 
 
-def p_value(differences: np.ndarray) -> float:
-    """The two-sided p-value of a paired t-test, that the mean of the defined differences is zero; NaN for fewer than two."""
-    defined = differences[~np.isnan(differences)]
-    return float(stats.ttest_1samp(defined, 0.0).pvalue) if len(defined) > 1 else float("nan")
+def estimate(per_draw: pd.Series) -> Estimate:
+    """Estimate a mean from one value per draw.
+
+    Several tasks are strata: the mean is over their means, and its error comes from the spread of draws within tasks, with the
+    degrees of freedom of Welch and Satterthwaite. So it is about these tasks, and not about tasks in general.
+
+    Args:
+        per_draw: Values, with the task as a level of the index. Those that are NaN are left out.
+    """
+    tasks = [values.to_numpy() for _, values in per_draw.dropna().groupby(level="task", sort=False)]
+    draws = sum(map(len, tasks))
+    mean = float(np.mean([values.mean() for values in tasks])) if tasks else math.nan
+    if not tasks or min(map(len, tasks)) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan, draws)
+    squares = np.array([values.var(ddof=1) / len(values) for values in tasks]) / len(tasks) ** 2
+    error = math.sqrt(squares.sum())
+    if error == 0:
+        return Estimate(mean, mean, mean, float(mean == 0), draws)
+    freedom = squares.sum() ** 2 / sum(square**2 / (len(values) - 1) for square, values in zip(squares, tasks, strict=True))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    return Estimate(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, freedom)), draws)
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float, int]:

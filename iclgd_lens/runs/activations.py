@@ -96,6 +96,11 @@ class Activations:
         """The same activations with some tensors put in the place of those kept."""
         return replace(self, kept=self.kept | tensors)
 
+    def of(self, rows: slice) -> Activations:
+        """The same activations of some of the queries, without a copy."""
+        kept = {name: tensor[rows] for name, tensor in self.kept.items()}
+        return Activations(kept, self.query_mask[rows], self.labels[rows])
+
     def _get(self, name: Kept) -> Tensor:
         if name not in self.kept:
             raise AttributeError(

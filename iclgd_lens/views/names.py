@@ -1,4 +1,4 @@
-"""What runs, metrics and controls are called in tables and figures, and which columns count as text."""
+"""What runs, metrics and controls are called in tables and figures."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -9,32 +10,43 @@ from plotly import graph_objects as go
 
 from iclgd_lens.experiments.reproduce import Results
 from iclgd_lens.views.export import write_figure, write_pictures
-from iclgd_lens.views.plots import SIMILARITIES, alpha_figure, gradient_figure, layer_figure, rate_figure
+from iclgd_lens.views.plots import (
+    alpha_figure,
+    alpha_rows,
+    gradient_figure,
+    gradient_rows,
+    layer_figure,
+    layer_rows,
+    rate_figure,
+    rate_rows,
+)
+
+FIGURES = ("figure2", "figure3", "figure4", "learning_rate")
 
 
 def paper_figures(results: Results) -> dict[str, tuple[go.Figure, pd.DataFrame]]:
-    """Figures 2, 3 and 4, and the learning-rate curve, where the run has the numbers; each with the rows it was drawn from."""
-    frame, gradients = results.frame, results.gradients
-    figures: dict[str, tuple[go.Figure, pd.DataFrame]] = {}
-    alphas = frame[frame["metric"].str.startswith("alpha")]
-    if len(alphas):
-        figures["figure2"] = (alpha_figure(frame), alphas)
-    similarities = frame[frame["metric"].isin(SIMILARITIES)]
-    if len(similarities):
-        figures["figure3"] = (layer_figure(frame), similarities)
-    if (gradients["model"] == "trained").any():
-        figures["figure4"] = (gradient_figure(gradients), gradients)
-    if len(results.curve):
-        figures["learning_rate"] = (rate_figure(results.curve, results.rates), results.curve)
-    return figures
+    """Figures 2, 3 and 4, and the learning-rate curve, where the run has the numbers; each with the rows it is drawn from."""
+    frame, gradients, curve = results.frame, results.gradients, results.curve
+    drawn: dict[str, tuple[pd.DataFrame, Callable[[], go.Figure]]] = {
+        "figure2": (alpha_rows(frame), lambda: alpha_figure(frame)),
+        "figure3": (layer_rows(frame), lambda: layer_figure(frame)),
+        "figure4": (gradient_rows(gradients), lambda: gradient_figure(gradients)),
+        "learning_rate": (rate_rows(curve), lambda: rate_figure(curve, results.rates)),
+    }
+    return {name: (draw(), rows) for name, (rows, draw) in drawn.items() if len(rows)}
 
 
 def write_paper_figures(results: Results, folder: Path, pictures: bool = True) -> str:
     """Write every figure as a page and its data as CSV, and as PNG and SVG where a browser can draw them.
 
+    Files of these figures that an earlier run left in the folder are removed.
+
     Returns:
         Why there are no pictures, and what to do; empty if there are, or none were wanted.
     """
+    for name in FIGURES:
+        for left in folder.glob(f"{name}.*"):
+            left.unlink()
     figures = paper_figures(results)
     for name, (figure, data) in figures.items():
         write_figure(figure, data, folder, name)

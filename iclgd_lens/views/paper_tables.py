@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,9 +18,11 @@ from iclgd_lens.experiments.orders import order_sensitivity
 from iclgd_lens.experiments.paper import AVERAGES, GD_SIM_AOU_RANGE, PAPER, reported
 from iclgd_lens.experiments.protocol import Protocol
 from iclgd_lens.experiments.reproduce import Results
-from iclgd_lens.experiments.results import interval, p_value, paired_differences, summarise
+from iclgd_lens.experiments.results import Estimate, paired_difference, summarise
 from iclgd_lens.views.names import CONTROL_NAMES, METHOD_NAMES, METRIC_NAMES, RUN_NAMES, SUBSET_NAMES
 from iclgd_lens.views.sheets import P_VALUE, Column, Sheet
+
+TABLES = ("table1", "table2", "table3", "outputs", "dai", "controls", "claims")
 
 SHOWN = ("sim_aou", "sim_aou_norm", "sim_am_delta")
 """The metrics of tables 1 and 2."""
@@ -43,6 +46,15 @@ def paper_tables(results: Results, model_name: str) -> list[Sheet]:
         sheets.append(control_table(frame))
     claimed = claim_table(frame)
     return [*sheets, claimed] if len(claimed.numbers) else sheets
+
+
+def write_paper_tables(sheets: Sequence[Sheet], folder: Path) -> None:
+    """Write tables as Markdown, LaTeX and CSV, and remove those of an earlier run that this one does not have."""
+    for name in TABLES:
+        for left in folder.glob(f"{name}.*"):
+            left.unlink()
+    for sheet in sheets:
+        sheet.write(folder)
 
 
 def brief(sheet: Sheet) -> Sheet:
@@ -79,23 +91,28 @@ def table2(frame: pd.DataFrame) -> Sheet:
         task, metric = row["task"], row["metric"]
         of_task = chosen if task == OVER_TASKS else chosen[chosen["task"] == task]
         pair = [{"model": "trained", "method": method} for method in ("lcgd", "gd")]
-        differences = paired_differences(of_task, metric, *pair).to_numpy()
-        mean, low, high, draws = interval(differences)
+        found = paired_difference(of_task, metric, *pair)
         paper_gd, paper_lcgd = _paper_figures(task, metric, set(chosen["task"])) or (float("nan"), float("nan"))
-        tested = {"difference": mean, "low": low, "high": high, "p": p_value(differences), "draws": draws}
-        rows.append(row | tested | {"paper gd": paper_gd, "paper lcgd": paper_lcgd})
+        # Over all tasks only where each has a difference, as with the columns beside it.
+        complete = task != OVER_TASKS or (row["gd"] == row["gd"] and row["lcgd"] == row["lcgd"])
+        tested: dict[str, Any] = found._asdict() if complete else dict.fromkeys(Estimate._fields, float("nan"))
+        shown: dict[Any, Any] = {**row, **tested}
+        rows.append({**shown, "paper gd": paper_gd, "paper lcgd": paper_lcgd})
     columns = (
         Column("metric", "metric"),
         Column("task", "task"),
         Column("GD", "gd", spread="gd sd"),
         Column("LCGD", "lcgd", spread="lcgd sd"),
-        Column("LCGD − GD", "difference", low="low", high="high"),
+        Column("LCGD − GD", "mean", low="low", high="high"),
         Column("p", "p", style=P_VALUE),
         Column("draws", "draws"),
         Column("paper GD", "paper gd", style=".3f"),
         Column("paper LCGD", "paper lcgd", style=".3f"),
     )
-    note = "Mean ± sd over draws; difference with 95 % t-interval and paired t-test over draws, orders averaged within a draw."
+    note = (
+        "Mean ± sd over draws; difference with 95 % t-interval and paired t-test over draws, orders averaged within a draw. Over "
+        "all tasks, every task counts alike."
+    )
     return Sheet("table2", "Table 2: GD against LCGD", _named(pd.DataFrame(rows)), columns, note)
 
 
@@ -113,8 +130,8 @@ def table3(results: Results, model_name: str) -> Sheet:
             "queries": _span(of_task["n_queries"]),
             "seeds": _listed(protocol.plan(task).seeds),
             "orders": of_task["order"].nunique(),
-            **{f"lr {method}": float(rates[task, method]) for method in protocol.methods},
-            "rates from": _rate_source(protocol, task),
+            **{f"lr {method}": float(rates.get((task, method), float("nan"))) for method in protocol.methods},
+            "rates from": _rate_source(protocol, task, [lr for (of_task, _), lr in rates.items() if of_task == task]),
             "loss on": protocol.options["loss_on"],
             "readout": protocol.options["readout"],
             "paper lr": PAPER[task].lr if task in PAPER else float("nan"),
@@ -136,20 +153,26 @@ def dai_table(frame: pd.DataFrame) -> Sheet:
     trained = frame[(frame["model"] == "trained") & (frame["control"] == "none") & frame["metric"].isin(metrics)]
     by = ["task", "method", "subset", "metric"]
     summary = summarise(trained, by=by).set_index(by)
+    counted = trained[(trained["metric"] == "sim_aou_norm") & (trained["layer"] == trained["layer"].min())]
+    counts = counted.groupby(["task", "method", "subset"])[["n", "undefined"]].sum().sum(axis=1)
     rows = []
     for task, method, subset in dict.fromkeys(key[:3] for key in summary.index):
         row: dict[str, Any] = {"task": task, "method": METHOD_NAMES[method], "queries": SUBSET_NAMES[subset]}
+        row["n"] = int(counts[task, method, subset])
         for metric in metrics:
             # Rec2FTP is about its own choice of queries.
             key = (task, method, "all" if metric == "rec2ftp" else subset, metric)
             row |= {metric: summary["mean"].get(key, float("nan")), f"{metric} sd": summary["sd"].get(key, float("nan"))}
         rows.append(row)
     columns = (
-        *(Column(name, name) for name in ("task", "method", "queries")),
+        *(Column(name, name) for name in ("task", "method", "queries", "n")),
         Column("Rec2FTP", "rec2ftp", spread="rec2ftp sd", style=".3f"),
         *(Column(METRIC_NAMES[metric], metric, spread=f"{metric} sd") for metric in metrics[1:]),
     )
-    note = "False to true: queries that ZSL gets wrong and ICL and FT get right. Rec2FTP has queries of its own."
+    note = (
+        "False to true: queries that ZSL gets wrong and ICL and FT get right; n counts queries over draws and orders. Rec2FTP has "
+        "queries of its own."
+    )
     return Sheet("dai", "Metrics of Dai et al. 2023", pd.DataFrame(rows), columns, note)
 
 
@@ -231,7 +254,8 @@ def _wide(frame: pd.DataFrame, by: list[str], across: str, order: list[str]) -> 
     # Tasks in the frame's own order, not the alphabet's.
     flat = flat.loc[list(dict.fromkeys(summary[by].itertuples(index=False, name=None)))]
     if frame["task"].nunique() > 1:
-        over = flat.groupby(level=within, sort=False).mean() if within else flat.mean().to_frame().T
+        # A mean over fewer tasks than its neighbours would not be comparable with them; it is left out.
+        over = flat.groupby(level=within, sort=False).agg(lambda values: values.mean(skipna=False))
         over.loc[:, [f"{value} sd" for value in order]] = float("nan")
         over = over.assign(task=OVER_TASKS).set_index("task", append=True).reorder_levels(by)
         flat = pd.concat([flat, over])
@@ -272,7 +296,11 @@ def _listed(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def _rate_source(protocol: Protocol, task: str) -> str:
+def _rate_source(protocol: Protocol, task: str, rates: Sequence[float]) -> str:
     if protocol.lr == "auto":
-        return f"FT accuracy, then loss, on seeds {_listed(protocol.plan(task).tuning_seeds)}"
+        at_end = set(rates) & {min(protocol.grid), max(protocol.grid)}
+        return (
+            f"FT accuracy, then loss, on seeds {_listed(protocol.plan(task).tuning_seeds)}"
+            f"{', at an end of the grid' if at_end else ''}"
+        )
     return "the paper" if protocol.lr == "paper" else "given"

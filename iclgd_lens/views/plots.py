@@ -29,7 +29,7 @@ def alpha_figure(frame: pd.DataFrame) -> go.Figure:
     Raises:
         ValueError: If the frame has no α, which needs both methods.
     """
-    chosen = _only(frame, ["alpha_aou", "alpha_am"], model="trained", control="none")
+    chosen = _some(alpha_rows(frame), "α")
     summary = summarise(chosen, by=["task", "metric"])
     figure = go.Figure()
     for metric, group in summary.groupby("metric", sort=False):
@@ -51,7 +51,7 @@ def layer_figure(frame: pd.DataFrame) -> go.Figure:
     Raises:
         ValueError: If the frame has neither metric.
     """
-    chosen = _only(frame, SIMILARITIES, control="none")
+    chosen = _some(layer_rows(frame), "SimAOU or SimAM_Δ")
     by = ["task", "metric", "model", "method", "layer"]
     summary = summarise(chosen, by=by)
     tasks = list(chosen["task"].unique())
@@ -97,9 +97,7 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
     Raises:
         ValueError: If the frame has no gradients of the trained model.
     """
-    chosen = gradients[gradients["model"] == "trained"]
-    if chosen.empty:
-        raise ValueError("the frame has no gradient norms of a trained model")
+    chosen = _some(gradient_rows(gradients), "gradients of a trained model")
     refuse_pooling(chosen, ["task", "method"])
     tasks, methods = list(chosen["task"].unique()), [method for method in METHOD_NAMES if method in set(chosen["method"])]
     titles = [METHOD_NAMES[method] + (", log scale" if method == "lcgd" else "") for method in methods]
@@ -152,7 +150,7 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
         ValueError: If the frame has none of the metrics.
     """
     metrics = (*SIMILARITIES, "accuracy")
-    chosen = _only(curve, metrics, control="none")
+    chosen = _some(rate_rows(curve), "SimAOU, SimAM_Δ or accuracy")
     by = ["task", "metric", "model", "method", "lr"]
     summary = summarise(chosen, by=by).sort_values(by)
     tasks = list(chosen["task"].unique())
@@ -188,15 +186,36 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
     return _styled(figure, rows=len(tasks))
 
 
-def _only(frame: pd.DataFrame, metrics: Sequence[str], **where: str) -> pd.DataFrame:
-    chosen = frame[frame["metric"].isin(metrics) & (frame["subset"] == "all")]
-    for column, value in where.items():
-        chosen = chosen[chosen[column] == value]
-    # Runs without an update have no rate and no place here.
-    chosen = chosen[chosen["method"].isin(METHOD_NAMES)]
-    if chosen.empty:
-        raise ValueError(f"the frame has no rows of {' or '.join(metrics)}")
-    return chosen
+def alpha_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that `alpha_figure` draws."""
+    return _rows(frame[frame["model"] == "trained"], ["alpha_aou", "alpha_am"])
+
+
+def layer_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that `layer_figure` draws."""
+    return _rows(frame, SIMILARITIES)
+
+
+def gradient_rows(gradients: pd.DataFrame) -> pd.DataFrame:
+    """The rows that `gradient_figure` draws."""
+    return gradients[gradients["model"] == "trained"]
+
+
+def rate_rows(curve: pd.DataFrame) -> pd.DataFrame:
+    """The rows that `rate_figure` draws."""
+    return _rows(curve, (*SIMILARITIES, "accuracy")) if len(curve) else curve
+
+
+def _rows(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """True updates over all queries; runs without an update have no place in a figure."""
+    true = (frame["control"] == "none") & (frame["subset"] == "all") & frame["method"].isin(METHOD_NAMES)
+    return frame[true & frame["metric"].isin(metrics)]
+
+
+def _some(rows: pd.DataFrame, what: str) -> pd.DataFrame:
+    if rows.empty:
+        raise ValueError(f"the frame has no rows of {what}")
+    return rows
 
 
 def _error_bars(group: pd.DataFrame) -> dict[str, object]:

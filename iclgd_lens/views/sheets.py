@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -133,8 +132,3 @@ class Sheet:
                 partial.write_text(text, encoding="utf-8")
             paths.append(path)
         return paths
-
-
-def joined(sheets: Sequence[Sheet]) -> str:
-    """The Markdown of several tables, one after the other."""
-    return "\n".join(sheet.markdown() for sheet in sheets)

@@ -6,7 +6,7 @@ import pandas as pd
 from rich import box
 from rich.table import Table
 
-from iclgd_lens.experiments.results import EPISODE, paired_difference, summarise
+from iclgd_lens.experiments.results import EPISODE, Estimate, paired_difference, summarise
 from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES, RUN_NAMES
 
 CONDITIONS = {"trained": ("trained", "none"), "untrained": ("untrained", "none"), "random": ("trained", "random")}
@@ -89,7 +89,7 @@ def verdict(frame: pd.DataFrame, metric: str = "sim_aou") -> str:
             twins = [{"model": model, "method": method} for model in ("trained", "untrained")]
             difference = paired_difference(frame, metric, *twins)
             parts.append(f"{METHOD_NAMES[method]} trained − untrained {_difference(difference)}")
-            if difference[1] > 0:
+            if difference.low > 0:
                 exceeding.append(METHOD_NAMES[method])
     episodes = len(frame[EPISODE].drop_duplicates())
     numbers = f"{METRIC_NAMES[metric]} over {episodes} episode{'s' if episodes != 1 else ''}: {'; '.join(parts)}."
@@ -104,9 +104,10 @@ def verdict(frame: pd.DataFrame, metric: str = "sim_aou") -> str:
     )
 
 
-def _difference(difference: tuple[float, float, float, int]) -> str:
-    mean, low, high, _ = difference
-    return f"{mean:+.3f} (no interval)" if low != low else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+def _difference(difference: Estimate) -> str:
+    if difference.low != difference.low:
+        return f"{difference.mean:+.3f} (no interval)"
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
 def _plus_minus(row: pd.Series, sign: str = "+") -> str:

@@ -63,17 +63,16 @@ def test_a_registered_task_is_known_and_its_maker_is_given_the_folder(model):
     assert given == [None, "somewhere"]
 
 
-def test_a_name_that_is_taken_is_refused_and_the_same_maker_may_come_again():
+def test_a_name_of_this_package_is_refused_and_one_s_own_may_come_again():
     def make(data):
         return mine()
 
     for name in (*BUNDLED_TASKS, *SOURCES):
         with pytest.raises(ValueError, match=f"there is a task '{name}' already; choose another name"):
             register_task(name, make)
+    register_task("mine", lambda data: ROWS)
     register_task("mine", make)
-    register_task("mine", make)
-    with pytest.raises(ValueError, match="there is a task 'mine' already"):
-        register_task("mine", lambda data: mine())
+    assert load_task("mine").name == "mine"
     assert task_names().count("mine") == 1
 
 
@@ -216,6 +215,29 @@ def test_a_task_to_tune_on_is_otherwise_the_same(model):
     assert first != other
     bundled = load_task("bundled/remapped")
     assert bundled.for_tuning() == bundled
+
+
+@pytest.mark.parametrize("rows", [6, 30])
+def test_without_a_query_split_tuning_and_reporting_share_no_row(model, rows):
+    table = [{"text": f"{ROWS[0]['text']} {number}", "label": number % 2} for number in range(rows)]
+    task = Task.from_rows(table, name="t", template="T: {text} L:", labels=["alpha", "beta"])
+    seen = []
+    for part in (task.for_tuning(), task.for_reporting()):
+        drawn = [part.draw(1, rows, seed) for seed in range(3)]
+        seen.append({example.fields["text"] for draw in drawn for example in (*draw.demonstrations, *draw.queries)})
+    assert not seen[0] & seen[1]
+    assert len(seen[0] | seen[1]) == rows
+    assert len(task.draw(1, rows, 0).queries) == rows - 1
+
+
+def test_demonstrations_for_an_update_need_not_fit_the_window_together():
+    task, small = load_task("sst2", data=FIXTURES), stand_in(n_ctx=40)
+    with pytest.raises(ValueError, match="longer than the model's context window of 40"):
+        task.episode(small, k=6, n_queries=1)
+    drawn = task.demonstrations(small, k=6)
+    assert drawn.queries == ()
+    assert all(len(each.tokens) <= 40 for each in drawn.demonstrations)
+    assert 0 < drawn.k <= 6
 
 
 # Digests

@@ -36,6 +36,10 @@ def test_what_is_given_wins_over_defaults():
     assert (plan.seeds, plan.k, plan.n_queries, plan.tuning_seeds) == ((9,), 4, 7, (1000, 1001))
 
 
+def test_options_that_are_not_given_are_the_defaults():
+    assert Protocol(("sst2",), options={"loss_on": "label"}).options == {**UPDATE_OPTIONS, "loss_on": "label"}
+
+
 def test_tuning_seeds_are_never_reported_seeds():
     plan = Protocol(("sst2",), seeds=(1000, 1001)).plan("sst2")
     assert not set(plan.tuning_seeds) & set(plan.seeds)
@@ -59,6 +63,10 @@ def test_twins_keep_what_the_paper_s_two_baselines_keep():
         ({"tasks": ("sst3",)}, "unknown task 'sst3'; did you mean 'sst"),
         ({"tasks": ("sst2", "sst2")}, "tasks names 'sst2' twice"),
         ({"seeds": (1, 1)}, "seeds names 1 twice"),
+        ({"controls": ("random", "random")}, "controls names 'random' twice"),
+        ({"methods": ("gd", "gd")}, "methods names 'gd' twice"),
+        ({"k": 0}, "k must be a number of demonstrations, at least 1, or 'fit'; got 0"),
+        ({"k": "all"}, "k must be a number of demonstrations"),
         ({"seeds": ()}, "seeds must be at least one"),
         ({"orders": 0}, "orders must be at least 1, got 0"),
         ({"n_queries": 0}, "n_queries must be at least 1"),

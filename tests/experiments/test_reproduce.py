@@ -11,6 +11,7 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens import claims, load_model, untrained_twin
 from iclgd_lens.data.registry import load_task
+from iclgd_lens.experiments import learning_rate
 from iclgd_lens.experiments import reproduce as running
 from iclgd_lens.experiments.compare import CONTROLS, compare
 from iclgd_lens.experiments.protocol import TWINS, Protocol
@@ -161,6 +162,61 @@ def test_another_model_s_cells_are_never_taken(bundled, twin, tmp_path):
     first = reproduce(bundled, ONE, tmp_path).frame
     other = reproduce(twin, ONE, tmp_path).frame
     assert not first["value"].equals(other["value"])
+
+
+def test_cells_of_another_dtype_or_configuration_are_never_taken(bundled, double, tmp_path, monkeypatch):
+    reproduce(bundled, ONE, tmp_path)
+    n_cells = len(list((tmp_path / "cells").iterdir()))
+    reproduce(double, ONE, tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 2 * n_cells
+    monkeypatch.setattr(bundled.cfg, "eps", 1e-3)
+    reproduce(bundled, ONE, tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 3 * n_cells
+
+
+def test_another_task_s_update_is_made_on_as_many_demonstrations(bundled, tmp_path, monkeypatch):
+    seen = []
+
+    def watching(*arguments, **options):
+        seen.append((arguments[1].k, options["other"].k, options["other"].task))
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(running, "compare", watching)
+    options = {**ONE.__dict__, "controls": ("other_task",), "other_task": "bundled/natural", "twins": ()}
+    reproduce(bundled, Protocol(**options), tmp_path)
+    assert set(seen) == {(4, 4, "bundled/natural")}
+
+
+def test_a_method_that_diverges_at_every_rate_is_a_problem_and_the_rest_goes_on(bundled, tmp_path):
+    options = {"seeds": (0,), "k": 2, "n_queries": 2, "orders": 1, "twins": (), "n_tuning_seeds": 1, "n_tuning_queries": 2}
+    searched = learning_rate.search
+
+    def failing(model, episodes, methods, grid, **how):
+        return searched(model, episodes, methods, [1e30] if methods == ["gd"] else grid, **how)
+
+    failing.__name__ = "search"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "search", failing)
+        found = reproduce(bundled, Protocol(("bundled/remapped",), grid=(0.1,), **options), tmp_path)
+    assert found.rates["method"].tolist() == ["lcgd"]
+    assert set(found.frame["method"]) == {"zsl", "icl", "lcgd"}
+    assert "gd diverged at every learning rate tried (1e+30)" in found.problems["problem"].iloc[0]
+    with pytest.raises(ValueError, match="bundled/remapped: gd diverged at every learning rate"):
+        reproduce(bundled, Protocol(("bundled/remapped",), grid=(1e30,), **options), tmp_path / "none")
+
+
+def test_updates_that_diverge_leave_numbers_that_can_be_drawn(bundled, tmp_path):
+    rates = {"trained": 0.1}
+
+    def diverging(*arguments, **options):
+        return compare(*arguments, **{**options, "lr": dict.fromkeys(("gd", "lcgd"), rates.get(options["called"], 1e30))})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "compare", diverging)
+        found = reproduce(bundled, ONE, tmp_path)
+    assert len(found.problems) == 2 * 2 * 2
+    assert found.gradients["gradient_norm"].dtype == "float64"
+    assert found.frame["seed"].dtype == "int64"
 
 
 def test_progress_adds_up_to_the_total_whether_cells_are_made_or_there(bundled, tmp_path):

@@ -7,7 +7,7 @@ from pandas.testing import assert_frame_equal
 from scipy import stats
 
 from iclgd_lens import paired_difference, summarise
-from iclgd_lens.experiments.results import interval, p_value, write_frame
+from iclgd_lens.experiments.results import estimate, interval, write_frame
 
 
 def rows(values: dict[int, list[float]], **about: object) -> pd.DataFrame:
@@ -72,7 +72,7 @@ def test_paired_difference_pairs_by_episode():
     condition = {"model": "trained"}
     frame = pd.concat([gd, lcgd])
     found = paired_difference(frame, "sim_aou", condition | {"method": "lcgd"}, condition | {"method": "gd"})
-    assert found == pytest.approx((0.5, 0.5, 0.5, 3))
+    assert found == pytest.approx((0.5, 0.5, 0.5, 0.0, 3))
 
 
 def test_frames_are_written_whole(tmp_path):
@@ -101,11 +101,45 @@ def test_every_task_may_have_a_learning_rate_of_its_own():
     assert summarise(frame)["mean"].tolist() == pytest.approx([0.2])
 
 
+def draws(**by_task: list[float]) -> pd.Series:
+    values = {(task, 2, seed): value for task, of_task in by_task.items() for seed, value in enumerate(of_task)}
+    index = pd.MultiIndex.from_tuples(values, names=["task", "k", "seed"])
+    return pd.Series(list(values.values()), index=index)
+
+
 @pytest.mark.parametrize("differences", [[0.1, 0.3, -0.2, 0.4], [0.1, float("nan"), 0.3]])
-def test_p_value_is_that_of_a_paired_t_test(differences: list[float]):
+def test_an_estimate_of_one_task_is_the_paired_t_test_of_its_defined_draws(differences: list[float]):
     defined = [value for value in differences if value == value]
-    assert p_value(np.array(differences)) == pytest.approx(stats.ttest_rel(defined, np.zeros(len(defined))).pvalue)
+    test = stats.ttest_1samp(defined, 0.0)
+    interval = test.confidence_interval()
+    expected = (np.mean(defined), interval.low, interval.high, test.pvalue, len(defined))
+    assert estimate(draws(t=differences)) == pytest.approx(expected)
 
 
-def test_one_difference_has_no_p_value():
-    assert np.isnan(p_value(np.array([0.5])))
+def test_over_tasks_every_task_counts_alike_and_spread_between_tasks_is_no_error():
+    found = estimate(draws(t=[0.1, 0.2, 0.3], u=[5.0, 5.1]))
+    assert found.mean == pytest.approx((0.2 + 5.05) / 2)
+    assert found.draws == 5
+    # The mean of two means is half the difference of one and the other's negative, whose interval Welch's test gives.
+    welch = stats.ttest_ind([0.1, 0.2, 0.3], [-5.0, -5.1], equal_var=False)
+    interval = welch.confidence_interval()
+    assert (found.low, found.high, found.p) == pytest.approx((interval.low / 2, interval.high / 2, welch.pvalue))
+
+
+def test_a_task_with_a_single_draw_leaves_no_interval():
+    found = estimate(draws(t=[0.1, 0.2], u=[0.5]))
+    assert found.mean == pytest.approx(0.325)
+    assert np.isnan([found.low, found.high, found.p]).all()
+    assert np.isnan(estimate(draws(t=[float("nan")])).mean)
+
+
+def test_equal_draws_are_known_exactly():
+    assert estimate(draws(t=[0.5, 0.5])) == (0.5, 0.5, 0.5, 0.0, 2)
+    assert estimate(draws(t=[0.0, 0.0])).p == 1.0
+
+
+def test_differences_are_paired_by_order_and_layer_where_both_sides_are_defined():
+    gd = pd.concat([rows({0: [0.1, 0.2]}), rows({0: [0.5, 0.9]}, order=1)])
+    lcgd = rows({0: [0.4, float("nan")]}, method="lcgd")  # which has no second order
+    sides = [{"model": "trained", "method": method} for method in ("lcgd", "gd")]
+    assert paired_difference(pd.concat([gd, lcgd]), "sim_aou", *sides).mean == pytest.approx(0.3)

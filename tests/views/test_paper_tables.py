@@ -10,7 +10,7 @@ from iclgd_lens.experiments.compare import CONTROLS
 from iclgd_lens.experiments.paper import AVERAGES, PAPER
 from iclgd_lens.experiments.reproduce import Results
 from iclgd_lens.views.paper_figures import paper_figures, write_paper_figures
-from iclgd_lens.views.paper_tables import brief, paper_tables, table1, table2
+from iclgd_lens.views.paper_tables import brief, paper_tables, table1, table2, write_paper_tables
 
 TASKS = ("bundled/remapped", "bundled/natural")
 
@@ -120,6 +120,31 @@ def test_every_control_is_a_column(results, sheets):
     for control in ("none", *CONTROLS):
         values = per_seed(results.frame, metric="sim_aou", method="gd", task=TASKS[0], control=control)
         assert row(sheets["controls"], metric="SimAOU", method="GD", task=TASKS[0])[control] == pytest.approx(values.mean())
+
+
+def test_a_mean_over_all_tasks_is_left_out_where_a_task_has_none(results):
+    some = results.frame[(results.frame["task"] == TASKS[0]) | (results.frame["method"] != "lcgd")]
+    got = row(table2(some), metric="SimAOU", task="all tasks")
+    assert np.isnan([got["lcgd"], got["mean"], got["p"]]).all()
+    assert not np.isnan(got["gd"])
+
+
+def test_what_an_earlier_run_left_is_removed_and_nothing_else(results, tmp_path):
+    (tmp_path / "mine.md").write_text("kept")
+    for name in ("table1.md", "controls.csv", "figure2.png", "learning_rate.html"):
+        (tmp_path / name).write_text("left")
+    write_paper_tables([table2(results.frame)], tmp_path)
+    write_paper_figures(results, tmp_path, pictures=False)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not names & {"table1.md", "controls.csv", "figure2.png", "learning_rate.html"}
+    assert {"mine.md", "table2.md", "figure2.html"} <= names
+
+
+def test_figures_data_are_the_rows_that_are_drawn(results):
+    figures = paper_figures(results)
+    for name, (_, data) in figures.items():
+        assert set(data["control"]) == {"none"}
+        assert set(data["model"]) == ({"trained"} if name != "figure3" else {"trained", "untrained", "untrained, ln kept"})
 
 
 def test_a_brief_table_of_claims_is_over_all_tasks(sheets):

@@ -232,22 +232,22 @@ def test_a_method_has_one_colour_in_all_figures(found: Comparison, curve: pd.Dat
 
 def test_frames_without_the_rows_of_a_figure_are_refused(found: Comparison, curve: pd.DataFrame):
     frame = found.frame
-    with pytest.raises(ValueError, match="no rows of alpha_aou or alpha_am"):
+    with pytest.raises(ValueError, match="no rows of α"):
         alpha_figure(frame[~frame["metric"].str.startswith("alpha")])
-    with pytest.raises(ValueError, match="no rows of alpha_aou or alpha_am"):
+    with pytest.raises(ValueError, match="no rows of α"):
         alpha_figure(frame[frame["model"] == "untrained"])
-    with pytest.raises(ValueError, match="no rows of sim_aou or sim_am_delta"):
+    with pytest.raises(ValueError, match="no rows of SimAOU or SimAM_Δ"):
         layer_figure(frame[frame["metric"] == "sim_am"])
-    with pytest.raises(ValueError, match="no rows of sim_aou or sim_am_delta"):
+    with pytest.raises(ValueError, match="no rows of SimAOU or SimAM_Δ"):
         layer_figure(frame[frame["control"] == "random"])
-    with pytest.raises(ValueError, match="no gradient norms of a trained model"):
+    with pytest.raises(ValueError, match="no rows of gradients of a trained model"):
         gradient_figure(found.gradients[found.gradients["model"] == "untrained"])
-    with pytest.raises(ValueError, match="no rows of sim_aou or sim_am_delta or accuracy"):
+    with pytest.raises(ValueError, match="no rows of SimAOU, SimAM_Δ or accuracy"):
         rate_figure(curve[curve["metric"] == "label_loss"])
 
 
 def test_a_frame_of_runs_without_updates_alone_is_refused(found: Comparison):
-    with pytest.raises(ValueError, match="no rows of sim_aou or sim_am_delta or accuracy"):
+    with pytest.raises(ValueError, match="no rows of SimAOU, SimAM_Δ or accuracy"):
         rate_figure(found.frame[found.frame["method"].isin(["zsl", "icl"])])
 
 

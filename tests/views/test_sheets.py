@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from iclgd_lens.views.sheets import P_VALUE, SMALLEST_P, Column, Sheet, joined
+from iclgd_lens.views.sheets import P_VALUE, SMALLEST_P, Column, Sheet
 
 NAN = float("nan")
 NUMBERS = pd.DataFrame(
@@ -178,8 +178,3 @@ def test_a_write_that_fails_leaves_the_old_files_whole(tmp_path, monkeypatch):
         sheet(NUMBERS[:1]).write(tmp_path)
     assert [path.read_bytes() for path in old] == before
     assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_joined_sheets_are_one_after_the_other():
-    first, second = sheet(), Sheet("other", "Another", NUMBERS, COLUMNS)
-    assert joined([first, second]) == first.markdown() + "\n" + second.markdown()
