@@ -72,6 +72,7 @@ def layer_figure(frame: pd.DataFrame) -> go.Figure:
                 legendgroup=method,
                 showlegend=first,
                 marker_color=COLOURS[method],
+                opacity=0.6,  # so that the twins' lines are seen in front
                 **place,
             )
         else:
@@ -123,7 +124,9 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
             low, high = np.nanmin(shown), np.nanmax(shown)
             ticks = [digit * 10.0**power for power in range(int(low) - 2, int(high) + 2) for digit in (1, 2, 5)]
             ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
-            bar |= {"tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]}
+            if len(ticks) < 2:  # norms that differ by less than such steps
+                ticks = [10**power for power in (low, (low + high) / 2, high)]
+            bar |= {"tickvals": np.log10(ticks), "ticktext": [f"{tick:.3g}" for tick in ticks]}
         figure.add_heatmap(
             x=norms.columns,
             y=norms.index,
@@ -135,6 +138,7 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
             row=row,
             col=column,
         )
+    figure.update_yaxes(dtick=max(1, int(chosen["layer"].max()) // 12))
     figure.update_layout(title=f"ℓ2 norms of the gradients, mean over {_draws(chosen, True)}")
     return _styled(figure, rows=len(tasks))
 
