@@ -175,6 +175,21 @@ def test_golden_order_on_every_machine(model):
     ]
 
 
+def test_orders_differ_from_each_other_as_long_as_there_are_any(model):
+    episode = load_task("trec", data=FIXTURES).episode(model, k=3, n_queries=1)
+    orders = [tuple(id(d) for d in episode.reordered(order).demonstrations) for order in range(6)]
+    assert len(set(orders)) == 6
+    with pytest.raises(ValueError, match="order=6, but 3 demonstrations have only 6 orders"):
+        episode.reordered(6)
+
+
+def test_only_an_episode_in_its_first_order_can_be_reordered(model):
+    episode = load_task("trec", data=FIXTURES).episode(model, k=3, n_queries=1, order=2)
+    assert episode.reordered(2) is episode
+    with pytest.raises(ValueError, match="in order 2; reorder the one in order 0"):
+        episode.reordered(1)
+
+
 def test_fit_keeps_the_same_demonstrations_in_every_order():
     model = stand_in(n_ctx=120)
     task = load_task("sst2", data=FIXTURES)

@@ -360,6 +360,21 @@ def test_a_csv_without_the_column_names_the_file_and_the_row(tmp_path):
         Task.from_csv(path, **FORMAT)
 
 
+def test_a_csv_row_with_an_unquoted_comma_is_refused_and_not_cut(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("label,text\n0,warm, sly and short\n1,dull\n")
+    with pytest.raises(ValueError, match=r"rows\.csv, row 1: more values than the header has columns; quote"):
+        Task.from_csv(path, **FORMAT)
+
+
+def test_a_csv_may_write_truth_values_in_lower_case(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("label,text\ntrue,lion\nFalse,rain\nfalse,bread\n")
+    task = Task.from_csv(path, template=FORMAT["template"], labels={False: "alpha", True: "beta"})
+    drawn = task.draw(2, 1, 0)
+    assert {e.fields["text"]: e.label for e in (*drawn.demonstrations, *drawn.queries)} == {"lion": 1, "rain": 0, "bread": 0}
+
+
 @pytest.mark.parametrize(
     ("line", "message"), [('{"text": ', r"a\.jsonl, line 3: not valid JSON"), ("[1]", r"a\.jsonl, line 3: expected a JSON object")]
 )

@@ -1,6 +1,7 @@
 """A whole run: offline, resumed, and with numbers that only change on purpose."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,9 @@ from pandas.testing import assert_frame_equal
 from transformer_lens import HookedTransformer
 
 from iclgd_lens import claims, load_model, untrained_twin
+from iclgd_lens.data import registry
 from iclgd_lens.data.registry import load_task
+from iclgd_lens.data.tasks import Task
 from iclgd_lens.experiments import learning_rate
 from iclgd_lens.experiments import reproduce as running
 from iclgd_lens.experiments.compare import CONTROLS, compare
@@ -162,6 +165,34 @@ def test_another_model_s_cells_are_never_taken(bundled, twin, tmp_path):
     first = reproduce(bundled, ONE, tmp_path).frame
     other = reproduce(twin, ONE, tmp_path).frame
     assert not first["value"].equals(other["value"])
+
+
+def test_rates_are_tuned_on_no_row_that_is_reported_where_a_task_has_no_split_for_queries(bundled, tmp_path, monkeypatch):
+    words = ["lion", "rain", "bread", "snow", "tiger", "cheese", "hammer", "violin", "jacket", "tennis", "shirt", "airport"]
+    rows = [{"text": f"{a} {b}", "label": index % 2} for index, (a, b) in enumerate(pairwise(words))]
+    task = Task.from_rows(rows, name="rows", template="Words: {text} Label:", labels=["alpha", "beta"], separator=" ;")
+    monkeypatch.setitem(registry._MAKERS, "rows", lambda data: task)
+    seen: dict[str, set[tuple[int, ...]]] = {"tuned": set(), "reported": set()}
+
+    def texts(episode):
+        labelled = {tuple(each.tokens[:-1].tolist()) for each in episode.demonstrations}
+        return labelled | {tuple(each.tokens.tolist()) for each in episode.queries}
+
+    def searching(model, episodes, *arguments, **options):
+        seen["tuned"] |= {text for episode in episodes for text in texts(episode)}
+        return learning_rate.search(model, episodes, *arguments, **options)
+
+    def comparing(model, episode, *arguments, **options):
+        seen["reported"] |= texts(episode)
+        return compare(model, episode, *arguments, **options)
+
+    searching.__name__ = "search"
+    monkeypatch.setattr(running, "search", searching)
+    monkeypatch.setattr(running, "compare", comparing)
+    reproduce(bundled, Protocol(("rows",), k=2, seeds=(0, 1, 2), orders=1, lr="auto", grid=(0.1, 1.0), twins=()), tmp_path)
+    assert len(seen["tuned"]) == 3
+    assert len(seen["reported"]) == 8
+    assert not seen["tuned"] & seen["reported"]
 
 
 def test_cells_of_another_dtype_or_configuration_are_never_taken(bundled, double, tmp_path, monkeypatch):
