@@ -1,6 +1,7 @@
 """A whole run: offline, resumed, and with numbers that only change on purpose."""
 
 import json
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -280,4 +281,4 @@ def test_the_setting_says_what_was_run(bundled, tmp_path):
     assert setting["model"]["name"] == "bundled"
     assert setting["protocol"]["grid"] == [0.01, 0.1, 1.0]
     assert setting["plans"]["bundled/natural"]["tuning_seeds"] == [1000, 1001]
-    assert setting["versions"]["torch"] == torch.__version__
+    assert setting["versions"]["torch"] == version("torch")
