@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,11 +21,10 @@ import pandas as pd
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
-from iclgd_lens.data.registry import load_task
-from iclgd_lens.data.tasks import Task
 from iclgd_lens.experiments.cells import cell
 from iclgd_lens.experiments.compare import Control, Method, compare, n_runs
 from iclgd_lens.experiments.comparison import PARTS, Comparison
+from iclgd_lens.experiments.drawing import Draw, draw_for_tuning, draw_to_report, load_tasks
 from iclgd_lens.experiments.learning_rate import choose, search, similarity_by_rate
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.experiments.protocol import TWINS, Protocol
@@ -65,7 +63,7 @@ FRAMES = (*PARTS, "rates", "searched", "curve")
 
 Frames = dict[str, pd.DataFrame]
 
-NOT_NUMERIC = ("model_name", "tokenizer_name", "device", "n_devices", "seed", "init_weights", "initializer_range")
+NOT_NUMERIC = ("model_name", "tokenizer_name", "device", "n_devices", "seed", "init_weights")
 """What a model's configuration says of where it comes from and where it is, and not of what it computes."""
 
 
@@ -100,7 +98,7 @@ def reproduce(
         ValueError: As `Task.episode`, `compare` and `choose` do.
         OSError: If data cannot be loaded or the folder cannot be written.
     """
-    tasks = _load_tasks(protocol, data)
+    tasks = load_tasks(protocol, data)
     run = _Run(
         model,
         protocol,
@@ -108,8 +106,8 @@ def reproduce(
         _model_key(model),
         batch_size,
         on_runs or (lambda runs, about: None),
-        {name: _draw(protocol, tasks, name, model) for name in protocol.tasks},
-        {name: _draw_for_tuning(protocol, tasks[name], name, model) for name in protocol.tasks},
+        {name: draw_to_report(protocol, tasks, name, model) for name in protocol.tasks},
+        {name: draw_for_tuning(protocol, tasks[name], name, model) for name in protocol.tasks},
     )
     if on_total is not None:
         on_total(run.total())
@@ -130,45 +128,6 @@ def _model_key(model: HookedTransformer) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Draw:
-    """The demonstrations of one seed in all orders, and an episode of another task for the control."""
-
-    seed: int
-    episodes: tuple[Episode, ...]
-    other: Episode | None
-
-
-def _load_tasks(protocol: Protocol, data: str | Path | None) -> dict[str, Task]:
-    others = (protocol.other(task) for task in protocol.tasks)
-    return {name: load_task(name, data) for name in dict.fromkeys([*protocol.tasks, *filter(None, others)])}
-
-
-def _tunes(protocol: Protocol) -> bool:
-    return protocol.lr == "auto" or protocol.lr_curve
-
-
-def _draw(protocol: Protocol, tasks: Mapping[str, Task], name: str, model: HookedTransformer) -> list[_Draw]:
-    plan, other_name = protocol.plan(name), protocol.other(name)
-    task = tasks[name].for_reporting() if _tunes(protocol) else tasks[name]
-    draws = []
-    for seed in plan.seeds:
-        first = task.episode(model, k=plan.k, n_queries=plan.n_queries, seed=seed)
-        # As many as the true ones, so that it is another task and not another number of steps.
-        other = None if other_name is None else tasks[other_name].demonstrations(model, k=first.k, seed=seed)
-        # A few demonstrations may have fewer orders than are wanted.
-        orders = range(min(protocol.orders, math.factorial(first.k)))
-        draws.append(_Draw(seed, tuple(first.reordered(order) for order in orders), other))
-    return draws
-
-
-def _draw_for_tuning(protocol: Protocol, task: Task, name: str, model: HookedTransformer) -> list[Episode]:
-    if not _tunes(protocol):
-        return []
-    held_out, plan = task.for_tuning(), protocol.plan(name)
-    return [held_out.episode(model, k=plan.k, n_queries=protocol.n_tuning_queries, seed=seed) for seed in plan.tuning_seeds]
-
-
-@dataclass(frozen=True, eq=False)
 class _Run:
     """A protocol on its way through its cells."""
 
@@ -178,7 +137,7 @@ class _Run:
     model_key: Mapping[str, Any]
     batch_size: int
     report: Callable[[int, str], None]
-    draws: Mapping[str, list[_Draw]]
+    draws: Mapping[str, list[Draw]]
     tuning: Mapping[str, list[Episode]]
 
     @property
@@ -282,7 +241,7 @@ class _Run:
                 frames.append(self._cell(where, key, ("frame",), make, len(protocol.grid))["frame"])
         return pd.concat(frames, ignore_index=True)
 
-    def comparisons(self, draw: _Draw, rates: Mapping[Method, float]) -> Iterator[Comparison]:
+    def comparisons(self, draw: Draw, rates: Mapping[Method, float]) -> Iterator[Comparison]:
         """The comparisons of the model and its twins on one draw, in every order; none if no method has a rate."""
         if not rates:
             per_episode = sum(n_runs(self.protocol.methods, controls) for controls in self.subjects.values())

@@ -51,9 +51,9 @@ def write_pictures(figures: dict[str, go.Figure], folder: Path) -> tuple[list[Pa
                 scale=2,
             )
         except Exception as error:  # whatever kaleido or the browser says
-            reason = str(error).strip().split("\n", maxsplit=1)[0]
+            reason = str(error).strip().split("\n", maxsplit=1)[0].rstrip(".,")
             return [], (
-                f"Figures were written as pages, not as PNG or SVG: {reason} "
+                f"Figures were written as pages, not as PNG or SVG: {reason}. "
                 "To have pictures, pip install 'iclgd-lens[figures]' and have Chrome or Chromium on the path."
             )
         for name in names:
