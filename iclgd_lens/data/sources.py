@@ -8,7 +8,6 @@ files `datasets` keeps in its cache and finds there again without a connection.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,12 +68,11 @@ class Source:
         folder = data or os.environ.get(DATA_VARIABLE)
         read = self._read_hub if not folder else lambda split: _read_file(name, Path(folder), split)
         (rows, source), (query_rows, query_source) = read(self.train), read(self.queries)
-        labels: Mapping[Any, str] | Sequence[str] = self.labels
         return Task.from_rows(
             rows,
             name=name,
             template=self.template,
-            labels=labels,
+            labels=self.labels,
             label_column=self.label_column,
             query_rows=query_rows,
             sources=(source, query_source),
@@ -91,7 +89,7 @@ class Source:
         missing = [column for column in self.columns if column not in table.column_names]
         if missing:
             raise ValueError(f"{what}, {split}: no column {missing[0]!r}; it has {', '.join(table.column_names)}")
-        return _rows(table.select_columns(list(self.columns)).with_format("arrow")[:]), f"{what}, {split}"
+        return table.select_columns(list(self.columns)).with_format("arrow")[:].to_pylist(), f"{what}, {split}"
 
     def _load(self, split: str) -> datasets.Dataset:
         try:
@@ -102,13 +100,9 @@ class Source:
             return datasets.load_dataset(self.path, self.config, split=split, revision=CONVERTED)
 
 
-def _rows(table: pa.Table) -> list[dict[str, Any]]:
-    return table.to_pylist()
-
-
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
-        return _rows(pq.read_table(path))
+        return pq.read_table(path).to_pylist()
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from error
 

@@ -111,8 +111,7 @@ class Task:
                 the label words collide under it, or the prompts are longer than the context window (the message says how many
                 would fit).
         """
-        if k != "fit" and (not isinstance(k, Integral) or k < 1):
-            raise ValueError(f"k must be a number of demonstrations, at least 1, or 'fit'; got {k!r}")
+        require_k(k)
         if not isinstance(n_queries, Integral) or n_queries < 1:
             raise ValueError(f"n_queries must be at least 1, got {n_queries!r}")
         if not isinstance(order, Integral) or order < 0:
@@ -259,3 +258,13 @@ class Task:
         options.setdefault("name", Path(path).name)
         query_rows = None if query_path is None else read(Path(query_path))
         return cls.from_rows(read(Path(path)), query_rows=query_rows, **options)
+
+
+def require_k(k: object) -> None:
+    """Check a number of demonstrations.
+
+    Raises:
+        ValueError: If it is neither a whole number of at least 1 nor `"fit"`.
+    """
+    if k != "fit" and (not isinstance(k, Integral) or k < 1):
+        raise ValueError(f"k must be a number of demonstrations, at least 1, or 'fit'; got {k!r}")

@@ -22,8 +22,17 @@ from iclgd_lens.data.controls import permuted, shuffled_labels
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.experiments.comparison import Comparison, Rows, source_columns
-from iclgd_lens.experiments.measure import gradient_rows, output_rows, query_rows, rec2ftp_rows, run_rows, similarity_rows
+from iclgd_lens.experiments.measure import (
+    by_chunks,
+    gradient_rows,
+    output_rows,
+    query_rows,
+    rec2ftp_rows,
+    run_rows,
+    similarity_rows,
+)
 from iclgd_lens.metrics.controls import random_update
+from iclgd_lens.metrics.similarity import sim_am
 from iclgd_lens.runs.activations import Activations, Kept, capture
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule
 from iclgd_lens.updates.gradient import DivergedError, gd, lcgd
@@ -96,10 +105,8 @@ def compare(
             episode, or as `capture`, `gd` and `lcgd` do.
         DivergedError: If an update becomes non-finite, unless that is to be recorded.
     """
-    require_known("methods", methods, tuple(METHODS))
+    require_methods(methods)
     require_known("controls", controls, CONTROLS)
-    if not methods:
-        raise ValueError(f"methods must be some of {', '.join(METHODS)}; got none")
     if "other_task" in controls and other is None:
         raise ValueError("the control 'other_task' needs other=, an episode of another task")
     rates = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(map(str, methods), lr)
@@ -122,6 +129,17 @@ def n_runs(methods: Sequence[Method], controls: Sequence[Control] = ("random",),
     """How often `compare` calls `on_run`: zero-shot, in-context, and each method's updates and runs, for every model."""
     updates = 1 + len(set(controls) - {"random"})
     return (2 + 2 * updates * len(methods)) * (2 if untrained else 1)
+
+
+def require_methods(methods: Sequence[str]) -> None:
+    """Check that there are methods, and that they are known.
+
+    Raises:
+        ValueError: If there are none, or one is unknown.
+    """
+    require_known("methods", methods, tuple(METHODS))
+    if not methods:
+        raise ValueError(f"methods must be some of {', '.join(METHODS)}; got none")
 
 
 def require_known(parameter: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -211,13 +229,15 @@ class Reference:
                 rows.add("problems", [{"problem": str(error)}], **about)
                 return None
 
+        makers = {method: partial(self._update, method, rates[method], options) for method in methods}
         updates: dict[Method, ParameterUpdate] = {}
-        for method in methods:
-            make = partial(self._update, method, rates[method], options)
+        for method, make in makers.items():
             update = unless_diverged(partial(make, self.episode.demonstrations, self.episode), method=method, lr=rates[method])
             if update is not None:
                 updates[method] = update
         runs = {method: self.run(update=update) for method, update in updates.items()}
+        # The same for every update and control, so it is computed once.
+        unchanged = by_chunks(sim_am, self.icl, self.zsl)
         for method, update in updates.items():
             about: dict[str, Any] = {"method": method, "lr": rates[method]}
             rows.add("gradients", gradient_rows(update), **about)
@@ -225,17 +245,16 @@ class Reference:
             # α compares LCGD with the true GD, also when a control stands in the place of LCGD.
             gd_run = runs.get("gd") if method == "lcgd" else None
             self._add_outputs(rows, runs[method], about)
-            rows.add("frame", similarity_rows(self.icl, runs[method], self.zsl, gd_run), **about)
-            make = partial(self._update, method, rates[method], options)
+            rows.add("frame", similarity_rows(self.icl, runs[method], self.zsl, gd_run, unchanged), **about)
             for control in controls:
                 about["control"] = control
-                controlled = partial(self._controlled, control, update, runs[method], make, other)
+                controlled = partial(self._controlled, control, update, runs[method], makers[method], other)
                 ft = unless_diverged(controlled, **about)
                 if ft is None:
                     continue
                 if control != "random":  # which changes what attention did, and no output
                     self._add_outputs(rows, ft, about)
-                rows.add("frame", similarity_rows(self.icl, ft, self.zsl, gd_run), **about)
+                rows.add("frame", similarity_rows(self.icl, ft, self.zsl, gd_run, unchanged), **about)
         return rows.comparison()
 
     def _update(

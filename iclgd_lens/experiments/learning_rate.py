@@ -71,9 +71,7 @@ def search(
             for lr in grid:
                 row: dict[str, Any] = {"task": episode.task, "method": method, "lr": float(lr), "seed": episode.seed}
                 try:
-                    update = METHODS[method](
-                        model, episode.demonstrations, lr=lr, label_tokens=episode.label_tokens, **{**UPDATE_OPTIONS, **options}
-                    )
+                    update = METHODS[method](model, episode.demonstrations, lr=lr, label_tokens=episode.label_tokens, **options)
                     run = capture(model, episode.queries, update=update, keep=["label_log_probs"], batch_size=batch_size)
                     row |= {"accuracy": accuracy(run).item(), "label_loss": label_loss(run).nanmean().item(), "problem": ""}
                 except DivergedError as error:

@@ -44,7 +44,13 @@ def output_rows(icl: Activations, other: Activations) -> Iterator[Row]:
     yield from _rows("js_divergence", js_divergence(icl, other))
 
 
-def similarity_rows(icl: Activations, ft: Activations, zsl: Activations, gd: Activations | None) -> Iterator[Row]:
+def similarity_rows(
+    icl: Activations,
+    ft: Activations,
+    zsl: Activations,
+    gd: Activations | None,
+    unchanged: Float[Tensor, "query layer head"],
+) -> Iterator[Row]:
     """How alike what demonstrations did to attention is to what an update did, over all queries and false-to-true ones.
 
     Args:
@@ -52,19 +58,20 @@ def similarity_rows(icl: Activations, ft: Activations, zsl: Activations, gd: Act
         ft: The same under an update.
         zsl: The same zero-shot.
         gd: The same under GD, where `ft` is LCGD and α is wanted.
+        unchanged: The reference of SimAM, `sim_am(icl, zsl)`.
     """
     changed = false_to_true(icl, ft, zsl)
-    yield from _over_subsets("sim_aou", _by_chunks(sim_aou, icl, ft, zsl), changed)
-    yield from _over_subsets("sim_aou_norm", _by_chunks(sim_aou_norm, icl, ft, zsl), changed)
-    yield from _over_subsets("sim_am", _by_chunks(sim_am, icl, ft), changed)
-    yield from _over_subsets("sim_am_zsl", _by_chunks(sim_am, icl, zsl), changed)
-    yield from _over_subsets("sim_am_delta", _by_chunks(sim_am_delta, icl, ft, zsl), changed)
+    yield from _over_subsets("sim_aou", by_chunks(sim_aou, icl, ft, zsl), changed)
+    yield from _over_subsets("sim_aou_norm", by_chunks(sim_aou_norm, icl, ft, zsl), changed)
+    yield from _over_subsets("sim_am", by_chunks(sim_am, icl, ft), changed)
+    yield from _over_subsets("sim_am_zsl", unchanged, changed)
+    yield from _over_subsets("sim_am_delta", by_chunks(sim_am_delta, icl, ft, zsl), changed)
     if gd is not None:
-        yield from _rows("alpha_aou", _by_chunks(partial(alpha, of="attn_out"), ft, gd, zsl))
-        yield from _rows("alpha_am", _by_chunks(partial(alpha, of="query_scores"), ft, gd, zsl))
+        yield from _rows("alpha_aou", by_chunks(partial(alpha, of="attn_out"), ft, gd, zsl))
+        yield from _rows("alpha_am", by_chunks(partial(alpha, of="query_scores"), ft, gd, zsl))
 
 
-def _by_chunks(similarity: Callable[..., Tensor], *runs: Activations) -> Tensor:
+def by_chunks(similarity: Callable[..., Tensor], *runs: Activations) -> Tensor:
     """A similarity of runs, some queries at a time: its temporaries are several times what it reads."""
     starts = range(0, len(runs[0].labels), CHUNK)
     return torch.cat([similarity(*(run.of(slice(start, start + CHUNK)) for run in runs)) for start in starts])

@@ -25,12 +25,13 @@ def order_sensitivity(queries: pd.DataFrame) -> pd.DataFrame:
         labels).
     """
     rows: list[dict[str, Any]] = []
-    refuse_pooling(queries, [*EPISODE, "model", "method"])
-    for key, group in queries.groupby([*EPISODE, "model", "method"], sort=False):
+    by = [*EPISODE, "model", "method"]
+    refuse_pooling(queries, by)
+    for key, group in queries.groupby(by, sort=False):
         orders = group["order"].nunique()
         if orders < 2:
             continue
-        about = dict(zip([*EPISODE, "model", "method"], key, strict=True))
+        about = dict(zip(by, key, strict=True))
         table = group.sort_values(["order", "query", "label"])
         shape = (orders, table["query"].nunique(), table["label"].nunique())
         if len(table) != math.prod(shape):

@@ -8,7 +8,8 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from iclgd_lens.data.registry import BUNDLED_TASKS, require_tasks
-from iclgd_lens.experiments.compare import CONTROLS, METHODS, Control, Method, require_known
+from iclgd_lens.data.tasks import require_k
+from iclgd_lens.experiments.compare import CONTROLS, Control, Method, require_known, require_methods
 from iclgd_lens.experiments.learning_rate import GRID, UPDATE_OPTIONS, held_out_seeds
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.models.untrained import Part
@@ -92,17 +93,15 @@ class Protocol:
             values = getattr(self, name) or ()
             if twice := [value for value in values if list(values).count(value) > 1]:
                 raise ValueError(f"{name} names {twice[0]!r} twice")
-        require_known("methods", self.methods, tuple(METHODS))
+        require_methods(self.methods)
         require_known("controls", self.controls, CONTROLS)
         require_known("twins", self.twins, tuple(TWINS))
-        if not self.methods:
-            raise ValueError(f"methods must be some of {', '.join(METHODS)}; got none")
         for name in ("orders", "n_queries", "n_tuning_seeds", "n_tuning_queries"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or value < 1):
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
-        if self.k is not None and self.k != "fit" and (not isinstance(self.k, Integral) or self.k < 1):
-            raise ValueError(f"k must be a number of demonstrations, at least 1, or 'fit'; got {self.k!r}")
+        if self.k is not None:
+            require_k(self.k)
         if self.seeds is not None and not self.seeds:
             raise ValueError("seeds must be at least one; got none")
         self._check_rate()

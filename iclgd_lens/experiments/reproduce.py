@@ -146,14 +146,18 @@ class _Run:
         of_twins: tuple[Control, ...] = ("random",) if "random" in self.protocol.controls else ()
         return {"trained": self.protocol.controls, **dict.fromkeys(self.protocol.twins, of_twins)}
 
+    @property
+    def runs_per_episode(self) -> int:
+        """The number of runs of the model and its twins on one order of one draw."""
+        return sum(n_runs(self.protocol.methods, controls) for controls in self.subjects.values())
+
     def total(self) -> int:
         """The number of runs, those of cells that are there already included."""
         protocol = self.protocol
-        per_episode = sum(n_runs(protocol.methods, controls) for controls in self.subjects.values())
         n_episodes = sum(len(draw.episodes) for draws in self.draws.values() for draw in draws)
         n_searches = (protocol.lr == "auto") + protocol.lr_curve * (1 + len(self.curve_twins))
         per_search = len(protocol.methods) * len(protocol.grid)
-        return n_episodes * per_episode + n_searches * per_search * sum(map(len, self.tuning.values()))
+        return n_episodes * self.runs_per_episode + n_searches * per_search * sum(map(len, self.tuning.values()))
 
     def results(self) -> Results:
         """Run or read all cells."""
@@ -244,8 +248,7 @@ class _Run:
     def comparisons(self, draw: Draw, rates: Mapping[Method, float]) -> Iterator[Comparison]:
         """The comparisons of the model and its twins on one draw, in every order; none if no method has a rate."""
         if not rates:
-            per_episode = sum(n_runs(self.protocol.methods, controls) for controls in self.subjects.values())
-            self.report(len(draw.episodes) * per_episode, "nothing to run")
+            self.report(len(draw.episodes) * self.runs_per_episode, "nothing to run")
             return
         for called, controls in self.subjects.items():
             # Made when first needed: a run that goes on may need none.

@@ -43,7 +43,7 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "cont
         ValueError: If values would be averaged over different options of the updates, such as learning rates within a task.
     """
     by = list(by)
-    frame = frame if "subset" in by else _all_queries(frame)
+    frame = frame if "subset" in by else frame[frame["subset"] == "all"]
     if frame.empty:
         return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "episodes", "undefined"])
     refuse_pooling(frame, by)
@@ -129,18 +129,7 @@ def estimate(per_draw: pd.Series) -> Estimate:
     Args:
         per_draw: Values, with the task as a level of the index. Those that are NaN are left out.
     """
-    tasks = [values.to_numpy() for _, values in per_draw.dropna().groupby(level="task", sort=False)]
-    draws = sum(map(len, tasks))
-    mean = float(np.mean([values.mean() for values in tasks])) if tasks else math.nan
-    if not tasks or min(map(len, tasks)) < 2:
-        return Estimate(mean, math.nan, math.nan, math.nan, draws)
-    squares = np.array([values.var(ddof=1) / len(values) for values in tasks]) / len(tasks) ** 2
-    error = math.sqrt(squares.sum())
-    if error == 0:
-        return Estimate(mean, mean, mean, float(mean == 0), draws)
-    freedom = squares.sum() ** 2 / sum(square**2 / (len(values) - 1) for square, values in zip(squares, tasks, strict=True))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
-    return Estimate(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, freedom)), draws)
+    return _over_strata([values.to_numpy() for _, values in per_draw.dropna().groupby(level="task", sort=False)])
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float, int]:
@@ -150,16 +139,23 @@ def interval(values: np.ndarray) -> tuple[float, float, float, int]:
         Mean, low, high, and the number of defined values.
     """
     defined = values[~np.isnan(values)]
-    count = len(defined)
-    mean = float(defined.mean()) if count else float("nan")
-    if count < 2:
-        return mean, float("nan"), float("nan"), count
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1) * stats.sem(defined))
-    return mean, mean - half, mean + half, count
+    found = _over_strata([defined] if len(defined) else [])
+    return found.mean, found.low, found.high, found.draws
 
 
-def _all_queries(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame[frame["subset"] == "all"]
+def _over_strata(strata: Sequence[np.ndarray]) -> Estimate:
+    """The mean of the means of strata, none of them empty; see `estimate`."""
+    draws = sum(map(len, strata))
+    mean = float(np.mean([values.mean() for values in strata])) if strata else math.nan
+    if not strata or min(map(len, strata)) < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan, draws)
+    squares = np.array([values.var(ddof=1) / len(values) for values in strata]) / len(strata) ** 2
+    error = math.sqrt(squares.sum())
+    if error == 0:
+        return Estimate(mean, mean, mean, float(mean == 0), draws)
+    freedom = squares.sum() ** 2 / sum(square**2 / (len(values) - 1) for square, values in zip(squares, strata, strict=True))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    return Estimate(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, freedom)), draws)
 
 
 def refuse_pooling(frame: pd.DataFrame, by: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.experiments.protocol import Protocol
-from iclgd_lens.files import written_whole
+from iclgd_lens.files import write_text
 from iclgd_lens.models.fingerprint import fingerprint
 
 PACKAGES = ("iclgd-lens", "transformer-lens", "torch", "transformers", "tokenizers", "datasets", "numpy")
@@ -38,5 +38,4 @@ def write_setting(
         "plans": {task: asdict(protocol.plan(task)) for task in protocol.tasks},
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(setting, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(setting, indent=2) + "\n")

@@ -67,7 +67,7 @@ def same_prediction(a: Activations, b: Activations) -> Float[Tensor, "query"]:
         ValueError: If the runs are not of the same queries.
     """
     _require_same_queries(a, b)
-    return (a.predictions == b.predictions).float().masked_fill(~_both_finite(a, b), torch.nan)
+    return (a.predictions == b.predictions).float().masked_fill(~(_finite(a) & _finite(b)), torch.nan)
 
 
 def js_divergence(a: Activations, b: Activations) -> Float[Tensor, "query"]:
@@ -85,7 +85,7 @@ def js_divergence(a: Activations, b: Activations) -> Float[Tensor, "query"]:
     # x log(x / m) is 0 at x = 0, also where m is.
     half = [torch.where(x > 0, x * (x / m).log(), 0.0 * x).sum(dim=-1) / 2 for x in (p, q)]
     divergence = (half[0] + half[1]).clamp(min=0.0).to(a.label_log_probs.dtype)
-    return divergence.masked_fill(~_both_finite(a, b), torch.nan)
+    return divergence.masked_fill(~(_finite(a) & _finite(b)), torch.nan)
 
 
 def order_spread(distributions: Float[Tensor, "order query label"]) -> Float[Tensor, "query"]:
@@ -100,8 +100,8 @@ def order_spread(distributions: Float[Tensor, "order query label"]) -> Float[Ten
     return distributions.std(dim=0).mean(dim=-1)
 
 
-def _both_finite(a: Activations, b: Activations) -> Bool[Tensor, "query"]:
-    return a.label_log_probs.isfinite().all(dim=-1) & b.label_log_probs.isfinite().all(dim=-1)
+def _finite(run: Activations) -> Bool[Tensor, "query"]:
+    return run.label_log_probs.isfinite().all(dim=-1)
 
 
 def _require_same_queries(*runs: Activations) -> None:
@@ -110,4 +110,4 @@ def _require_same_queries(*runs: Activations) -> None:
 
 
 def _scored(run: Activations) -> Bool[Tensor, "query"]:
-    return (run.labels >= 0) & run.label_log_probs.isfinite().all(dim=-1)
+    return (run.labels >= 0) & _finite(run)

@@ -9,6 +9,7 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from iclgd_lens.experiments.reproduce import Results
+from iclgd_lens.files import remove_named
 from iclgd_lens.views.export import write_figure, write_pictures
 from iclgd_lens.views.plots import (
     alpha_figure,
@@ -44,9 +45,7 @@ def write_paper_figures(results: Results, folder: Path, pictures: bool = True) -
     Returns:
         Why there are no pictures, and what to do; empty if there are, or none were wanted.
     """
-    for name in FIGURES:
-        for left in folder.glob(f"{name}.*"):
-            left.unlink()
+    remove_named(folder, FIGURES)
     figures = paper_figures(results)
     for name, (figure, data) in figures.items():
         write_figure(figure, data, folder, name)

@@ -19,6 +19,7 @@ from iclgd_lens.experiments.paper import AVERAGES, GD_SIM_AOU_RANGE, PAPER, repo
 from iclgd_lens.experiments.protocol import Protocol
 from iclgd_lens.experiments.reproduce import Results
 from iclgd_lens.experiments.results import Estimate, paired_difference, summarise
+from iclgd_lens.files import remove_named
 from iclgd_lens.views.names import CONTROL_NAMES, METHOD_NAMES, METRIC_NAMES, RUN_NAMES, SUBSET_NAMES
 from iclgd_lens.views.sheets import P_VALUE, Column, Sheet
 
@@ -50,9 +51,7 @@ def paper_tables(results: Results, model_name: str) -> list[Sheet]:
 
 def write_paper_tables(sheets: Sequence[Sheet], folder: Path) -> None:
     """Write tables as Markdown, LaTeX and CSV, and remove those of an earlier run that this one does not have."""
-    for name in TABLES:
-        for left in folder.glob(f"{name}.*"):
-            left.unlink()
+    remove_named(folder, TABLES)
     for sheet in sheets:
         sheet.write(folder)
 
@@ -119,10 +118,10 @@ def table2(frame: pd.DataFrame) -> Sheet:
 def table3(results: Results, model_name: str) -> Sheet:
     """The setting that was used."""
     protocol, frame = results.protocol, results.frame
-    rates = results.rates.set_index(["task", "method"])["lr"]
     rows = []
     for task in protocol.tasks:
         of_task = frame[frame["task"] == task]
+        rates = results.rates[results.rates["task"] == task].set_index("method")["lr"]
         row: dict[str, Any] = {
             "task": task,
             "model": model_name,
@@ -130,8 +129,8 @@ def table3(results: Results, model_name: str) -> Sheet:
             "queries": _span(of_task["n_queries"]),
             "seeds": _listed(protocol.plan(task).seeds),
             "orders": of_task["order"].nunique(),
-            **{f"lr {method}": float(rates.get((task, method), float("nan"))) for method in protocol.methods},
-            "rates from": _rate_source(protocol, task, [lr for (of_task, _), lr in rates.items() if of_task == task]),
+            **{f"lr {method}": float(rates.get(method, float("nan"))) for method in protocol.methods},
+            "rates from": _rate_source(protocol, task, rates.tolist()),
             "loss on": protocol.options["loss_on"],
             "readout": protocol.options["readout"],
             "paper lr": PAPER[task].lr if task in PAPER else float("nan"),

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
-from iclgd_lens.files import written_whole
+from iclgd_lens.files import write_text
 
 LATEX_SIGNS = {"±": r"$\pm$", "−": r"$-$", "–": "--", "Δ": r"$\Delta$", "α": r"$\alpha$", "√": r"$\surd$"}
 
@@ -128,7 +128,6 @@ class Sheet:
         paths = []
         for suffix, text in forms.items():
             path = folder / f"{self.name}.{suffix}"
-            with written_whole(path) as partial:
-                partial.write_text(text, encoding="utf-8")
+            write_text(path, text)
             paths.append(path)
         return paths
