@@ -15,7 +15,8 @@ from .metrics.controls import random_update
 from .metrics.similarity import alpha, sim_am, sim_am_delta, sim_aou, sim_aou_norm
 from .models.loading import load_model
 from .models.untrained import untrained_twin
-from .runs.activations import Activations, capture
+from .runs.activations import Activations
+from .runs.capture import capture
 from .updates.dual import ParameterUpdate
 from .updates.gradient import gd, lcgd
 from .updates.random_weights import random_weights

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -94,6 +94,31 @@ def context_tokens(demonstrations: Sequence[Demonstration]) -> Int[Tensor, "pos"
         raise ValueError(f"every demonstration must begin with the same BOS token; got {sorted(starts)}")
     bodies = [torch.cat([demonstration.tokens[1:], demonstration.separator]) for demonstration in demonstrations]
     return torch.cat([demonstrations[0].tokens[:1], *bodies])
+
+
+@dataclass(frozen=True, eq=False)
+class ContextLayout:
+    """Which demonstration each token of a context belongs to. BOS is left out, as it belongs to none.
+
+    Attributes:
+        demonstration: `[context_pos]`: the index of the demonstration, also for the tokens of its separator.
+        position: `[context_pos]`: the token's position in that demonstration, BOS being 0; -1 in a separator.
+        is_label: `[context_pos]`: whether it is a token of the label.
+    """
+
+    demonstration: Int[Tensor, "context_pos"]
+    position: Int[Tensor, "context_pos"]
+    is_label: Bool[Tensor, "context_pos"]
+
+    @classmethod
+    def of(cls, demonstrations: Sequence[Demonstration]) -> ContextLayout:
+        """Lay out the tokens of `context_tokens(demonstrations)[1:]`."""
+        lengths = torch.tensor([len(d.tokens) - 1 + len(d.separator) for d in demonstrations])
+        position = torch.cat(
+            [torch.cat([torch.arange(1, len(d.tokens)), torch.full((len(d.separator),), -1)]) for d in demonstrations]
+        )
+        first_label = torch.tensor([len(d.tokens) - d.n_label_tokens for d in demonstrations]).repeat_interleave(lengths)
+        return cls(torch.arange(len(demonstrations)).repeat_interleave(lengths), position, position >= first_label)
 
 
 @dataclass(frozen=True)

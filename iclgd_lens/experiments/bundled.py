@@ -15,7 +15,7 @@ from iclgd_lens.data.bundled import bundled_task
 from iclgd_lens.metrics.agreement import accuracy
 from iclgd_lens.models.bundled.language import Labelling
 from iclgd_lens.models.untrained import untrained_twin
-from iclgd_lens.runs.activations import capture
+from iclgd_lens.runs.capture import capture
 
 SETTINGS: tuple[tuple[int, int], ...] = ((2, 12), (2, 2), (2, 4), (2, 8), (3, 12), (4, 12))
 """The numbers of classes and of demonstrations that are measured; the first is the one that the shipped weights must pass."""

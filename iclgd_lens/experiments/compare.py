@@ -33,7 +33,8 @@ from iclgd_lens.experiments.measure import (
 )
 from iclgd_lens.metrics.controls import random_update
 from iclgd_lens.metrics.similarity import sim_am
-from iclgd_lens.runs.activations import Activations, Kept, capture
+from iclgd_lens.runs.activations import Activations, Kept
+from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule
 from iclgd_lens.updates.gradient import DivergedError, gd, lcgd
 from iclgd_lens.updates.inject import Parameter

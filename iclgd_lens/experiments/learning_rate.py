@@ -17,7 +17,7 @@ from transformer_lens import HookedTransformer
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.compare import METHODS, Method, Reference
 from iclgd_lens.metrics.agreement import accuracy, label_loss
-from iclgd_lens.runs.activations import capture
+from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ALL_PARAMETERS
 from iclgd_lens.updates.gradient import DivergedError
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from iclgd_lens.runs.activations import Activations
+from iclgd_lens.runs.activations import Activations, require_same_queries
 
 
 def correct(run: Activations) -> Float[Tensor, "query"]:
@@ -30,7 +30,7 @@ def rec2ftp(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor
     Raises:
         ValueError: If the runs are not of the same queries.
     """
-    _require_same_queries(icl, ft, zsl)
+    require_same_queries(icl, ft, zsl)
     corrected = (correct(zsl) == 0) & (correct(ft) == 1)
     return correct(icl).masked_fill(~corrected, torch.nan)
 
@@ -42,7 +42,7 @@ def false_to_true(icl: Activations, ft: Activations, zsl: Activations) -> Bool[T
     Raises:
         ValueError: If the runs are not of the same queries.
     """
-    _require_same_queries(icl, ft, zsl)
+    require_same_queries(icl, ft, zsl)
     return (correct(zsl) == 0) & (correct(ft) == 1) & (correct(icl) == 1)
 
 
@@ -66,7 +66,7 @@ def same_prediction(a: Activations, b: Activations) -> Float[Tensor, "query"]:
     Raises:
         ValueError: If the runs are not of the same queries.
     """
-    _require_same_queries(a, b)
+    require_same_queries(a, b)
     return (a.predictions == b.predictions).float().masked_fill(~(_finite(a) & _finite(b)), torch.nan)
 
 
@@ -79,13 +79,20 @@ def js_divergence(a: Activations, b: Activations) -> Float[Tensor, "query"]:
     Raises:
         ValueError: If the runs are not of the same queries.
     """
-    _require_same_queries(a, b)
-    p, q = label_distribution(a).double(), label_distribution(b).double()
+    require_same_queries(a, b)
+    divergence = distribution_divergence(label_distribution(a), label_distribution(b)).to(a.label_log_probs.dtype)
+    return divergence.masked_fill(~(_finite(a) & _finite(b)), torch.nan)
+
+
+def distribution_divergence(p: Float[Tensor, "*batch label"], q: Float[Tensor, "*batch label"]) -> Float[Tensor, "*batch"]:
+    """Jensen-Shannon divergence between distributions, in nats and float64: `½ KL(p ‖ m) + ½ KL(q ‖ m)` with `m = ½ (p + q)`
+    (Lin 1991). The other axes broadcast; that rows are distributions is not checked.
+    """
+    p, q = p.double(), q.double()
     m = (p + q) / 2
     # x log(x / m) is 0 at x = 0, also where m is.
     half = [torch.where(x > 0, x * (x / m).log(), 0.0 * x).sum(dim=-1) / 2 for x in (p, q)]
-    divergence = (half[0] + half[1]).clamp(min=0.0).to(a.label_log_probs.dtype)
-    return divergence.masked_fill(~(_finite(a) & _finite(b)), torch.nan)
+    return (half[0] + half[1]).clamp(min=0.0)
 
 
 def order_spread(distributions: Float[Tensor, "order query label"]) -> Float[Tensor, "query"]:
@@ -102,11 +109,6 @@ def order_spread(distributions: Float[Tensor, "order query label"]) -> Float[Ten
 
 def _finite(run: Activations) -> Bool[Tensor, "query"]:
     return run.label_log_probs.isfinite().all(dim=-1)
-
-
-def _require_same_queries(*runs: Activations) -> None:
-    if any(not torch.equal(run.labels, runs[0].labels) for run in runs):
-        raise ValueError("the runs are not of the same queries: their gold labels differ")
 
 
 def _scored(run: Activations) -> Bool[Tensor, "query"]:

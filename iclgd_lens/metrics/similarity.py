@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iclgd_lens.models.precision import wide
-from iclgd_lens.runs.activations import Activations
+from iclgd_lens.runs.activations import Activations, require_same_runs
 
 OUTPUT_ROUNDING, SCORE_ROUNDING = 8, 64
 """A difference of outputs or scores counts as zero up to so many units of rounding in float32 (or float64), relative to the longer
@@ -38,9 +38,9 @@ def sim_aou(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor
     """Similarity of attention output updates: cos(h_ICL − h_ZSL, h_FT − h_ZSL) (Deutch et al. 2024, section 3.1).
 
     Raises:
-        ValueError: If the runs are not of the same queries and shape.
+        ValueError: If the runs are not of the same queries and model.
     """
-    _require_same_runs(icl, ft, zsl)
+    require_same_runs(icl, ft, zsl)
     return _cosine(
         _difference(icl.attn_out, zsl.attn_out, OUTPUT_ROUNDING), _difference(ft.attn_out, zsl.attn_out, OUTPUT_ROUNDING)
     )
@@ -53,9 +53,9 @@ def sim_aou_norm(icl: Activations, ft: Activations, zsl: Activations) -> Float[T
     equal length with independent noise orthogonal to z, it tends to (1 − ‖z‖/‖h‖)/2, which is 1/4 when ‖h‖ = 2‖z‖.
 
     Raises:
-        ValueError: If the runs are not of the same queries and shape.
+        ValueError: If the runs are not of the same queries and model.
     """
-    _require_same_runs(icl, ft, zsl)
+    require_same_runs(icl, ft, zsl)
     stored = zsl.attn_out.dtype
     unit_icl, unit_ft, unit_zsl = (_unit(run.attn_out) for run in (icl, ft, zsl))
     return _cosine(
@@ -70,9 +70,9 @@ def sim_am(icl: Activations, ft: Activations) -> Float[Tensor, "query layer head
     are alike whatever is done, so the value itself says little.
 
     Raises:
-        ValueError: If the runs are not of the same queries and shape.
+        ValueError: If the runs are not of the same queries and model.
     """
-    _require_same_runs(icl, ft)
+    require_same_runs(icl, ft)
     return _cosine(wide(icl.query_scores), wide(ft.query_scores))
 
 
@@ -80,9 +80,9 @@ def sim_am_delta(icl: Activations, ft: Activations, zsl: Activations) -> Float[T
     """Similarity of attention map updates: cos(m_ICL − m_ZSL, m_FT − m_ZSL) (Deutch et al. 2024, section 3.1).
 
     Raises:
-        ValueError: If the runs are not of the same queries and shape.
+        ValueError: If the runs are not of the same queries and model.
     """
-    _require_same_runs(icl, ft, zsl)
+    require_same_runs(icl, ft, zsl)
     return _cosine(
         _difference(icl.query_scores, zsl.query_scores, SCORE_ROUNDING),
         _difference(ft.query_scores, zsl.query_scores, SCORE_ROUNDING),
@@ -101,7 +101,7 @@ def alpha(
         of: The change of attention outputs, giving `[query layer]`, or of attention scores, giving `[query layer head]`.
 
     Raises:
-        ValueError: If `of` is something else, or the runs are not of the same queries and shape.
+        ValueError: If `of` is something else, or the runs are not of the same queries and model.
     """
     if of == "attn_out":
         return sim_aou(lcgd, gd, zsl)
@@ -135,19 +135,3 @@ def _difference(
 def _cosine(a: Float[Tensor, "*batch component"], b: Float[Tensor, "*batch component"]) -> Float[Tensor, "*batch"]:
     """Cosine along the last axis, NaN where a vector is zero or not finite."""
     return einsum(_unit(a), _unit(b), "... component, ... component -> ...").clamp(-1.0, 1.0)
-
-
-def _require_same_runs(*runs: Activations) -> None:
-    first = runs[0]
-    for run in runs[1:]:
-        if run.query_mask.shape != first.query_mask.shape or not torch.equal(run.query_mask, first.query_mask):
-            raise ValueError(
-                "the runs are not of the same queries: their query lengths differ "
-                f"({list(first.query_mask.sum(-1)[:8])}… against {list(run.query_mask.sum(-1)[:8])}…)"
-            )
-        for name in first.kept.keys() & run.kept.keys() & {"attn_out", "query_scores"}:
-            if run.kept[name].shape != first.kept[name].shape:
-                raise ValueError(
-                    f"the runs are not of the same model: {name} has shape {list(first.kept[name].shape)} in one and "
-                    f"{list(run.kept[name].shape)} in another"
-                )

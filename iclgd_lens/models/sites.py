@@ -10,6 +10,8 @@ places. The places, for layer ℓ:
 `keys[ℓ]`             `[batch pos kv_head d_head]`                output of the key projection, before any rotation
 `values[ℓ]`           `[batch pos kv_head d_head]`                output of the value projection
 `scores[ℓ]`           `[batch head query_pos key_pos]`            attention scores before softmax, scaled and masked
+`pattern[ℓ]`          `[batch head query_pos key_pos]`            attention, the softmax of the scores
+`head_out[ℓ]`         `[batch pos head d_head]`                   each head's attended values, before the output projection
 `attention_out[ℓ]`    `[batch pos d_model]`                       attention's output as it is added to the residual stream
 ====================  ==========================================  =======================================================
 
@@ -25,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -36,6 +39,7 @@ PROCESSED_NORMS = ("LNPre", "RMSPre")
 """`cfg.normalization_type` of models whose norm weights were folded into the matrices that read from them."""
 
 _POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+_KEYS_NORMALISED_TOGETHER = (*_POST_NORM_ARCHITECTURES, "OlmoeForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class HookSites:
 
     Attributes:
         model: The model whose sites these are.
-        residual_in, residual_out, projection_in, keys, values, scores, attention_out: One hook name per layer.
+        residual_in, residual_out, projection_in, keys, values, scores, pattern, head_out, attention_out: One hook name per layer.
         exchangeable_padding: Whether padding between a prompt's parts leaves attention as it was. False where attention
             depends on distances counted in array positions, as local windows do: there, prompts are batched by length.
     """
@@ -56,6 +60,8 @@ class HookSites:
     keys: tuple[str, ...]
     values: tuple[str, ...]
     scores: tuple[str, ...]
+    pattern: tuple[str, ...]
+    head_out: tuple[str, ...]
     attention_out: tuple[str, ...]
     exchangeable_padding: bool
 
@@ -88,6 +94,8 @@ class HookSites:
             keys=at("attn.hook_k"),
             values=at("attn.hook_v"),
             scores=at("attn.hook_attn_scores"),
+            pattern=at("attn.hook_pattern"),
+            head_out=at("attn.hook_z"),
             attention_out=at("hook_attn_out"),
             exchangeable_padding=not cfg.use_local_attn,
         )
@@ -113,6 +121,31 @@ class HookSites:
         if self.projection_in[layer].endswith("hook_resid_pre") or not hasattr(norm, "w"):
             return seen
         return seen * norm.w + norm.b if hasattr(norm, "b") else seen * norm.w
+
+    def project_queries(self, layer: int, inputs: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch head d_head"]:
+        """Multiply what the projections of a layer see by its `W_Q` and add its `b_Q`: attention queries before any rotation."""
+        attention: Any = self.model.blocks[layer].attn
+        return einsum(inputs, attention.W_Q, "... d_model, head d_model d_head -> ... head d_head") + attention.b_Q
+
+    @property
+    def output_weights(self) -> tuple[Float[Tensor, "head d_head d_model"], ...]:
+        """Every layer's output projection `W_O`, the model's own, not a copy."""
+        return tuple(self.model.blocks[layer].attn.W_O.detach() for layer in range(self.n_layers))
+
+    def require_separate_heads(self) -> None:
+        """Check that each head's scores and attended values depend on that head's keys and values alone, and linearly on values.
+
+        Raises:
+            ValueError: If keys are normalised over all heads together, or keys and values are clipped.
+        """
+        cfg = self.model.cfg
+        if cfg.original_architecture in _KEYS_NORMALISED_TOGETHER:
+            raise ValueError(
+                f"{cfg.original_architecture} normalises the keys of all heads together, so a head's scores depend on the others' "
+                "keys; attribution to single heads is not defined for it"
+            )
+        if cfg.clip_qkv is not None:
+            raise ValueError(f"the model clips keys and values (clip_qkv={cfg.clip_qkv}); attribution is not supported for it")
 
     @contextmanager
     def attach(self, hooks: Sequence[NamedHook]) -> Iterator[None]:
@@ -140,6 +173,8 @@ class HookSites:
             *self.keys,
             *self.values,
             *self.scores,
+            *self.pattern,
+            *self.head_out,
             *self.attention_out,
         )
         missing = [name for name in needed if name not in self.model.hook_dict]

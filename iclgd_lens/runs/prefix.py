@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
@@ -27,12 +27,12 @@ class Prefix:
     Attributes:
         model: The model that ran it.
         length: How many tokens it has.
-        cache: Its keys and values, `[1 pos kv_head d_head]` per layer.
+        cache: Its keys and values, `[1 pos kv_head d_head]` per layer; None for a prefix of no tokens.
     """
 
     model: HookedTransformer
     length: int
-    cache: TransformerLensKeyValueCache
+    cache: TransformerLensKeyValueCache | None
 
     @classmethod
     def run(cls, model: HookedTransformer, tokens: Int[Tensor, "pos"]) -> Prefix:
@@ -41,6 +41,16 @@ class Prefix:
         batch = tokens[None].to(model.cfg.device)
         model(batch, attention_mask=torch.ones_like(batch), past_kv_cache=cache, return_type=None)
         return cls(model, len(tokens), cache)
+
+    @classmethod
+    def empty(cls, model: HookedTransformer) -> Prefix:
+        """The beginning of prompts that share nothing, or that are to be run whole."""
+        return cls(model, 0, None)
+
+    def values(self, layer: int) -> Float[Tensor, "pos kv_head d_head"]:
+        """The values of the prefix's tokens at a layer, as attention there averages them."""
+        assert self.cache is not None, "a prefix of no tokens has no values"
+        return self.cache.entries[layer].past_values[0]
 
     def continue_with(self, bodies: Sequence[Int[Tensor, "pos"]], fwd_hooks: Sequence[NamedHook]) -> None:
         """Run a batch of continuations, each padded on the left to the longest, for what the hooks see.
@@ -64,8 +74,10 @@ class Prefix:
             fwd_hooks=[*fwd_hooks],
         )
 
-    def _expanded(self, batch: int) -> TransformerLensKeyValueCache:
+    def _expanded(self, batch: int) -> TransformerLensKeyValueCache | None:
         """A frozen view of the cache for a batch; no key or value is copied before attention joins them to its own."""
+        if self.cache is None:
+            return None
         entries = [
             TransformerLensKeyValueCacheEntry(
                 entry.past_keys.expand(batch, -1, -1, -1), entry.past_values.expand(batch, -1, -1, -1), frozen=True

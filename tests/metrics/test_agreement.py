@@ -23,7 +23,7 @@ from iclgd_lens.metrics.agreement import (
 def run(predictions: list[int], labels: list[int]) -> Activations:
     log_probs = torch.nn.functional.one_hot(torch.tensor(predictions), 3).float()
     mask = torch.ones(len(labels), 1, dtype=torch.bool)
-    return Activations({"label_log_probs": log_probs}, mask, torch.tensor(labels))
+    return Activations({"label_log_probs": log_probs}, mask, torch.tensor(labels), torch.tensor(labels), "", ())
 
 
 def test_accuracy_counts_known_labels_only():
@@ -56,7 +56,8 @@ def test_rec2ftp_refuses_runs_of_other_queries():
 def scored(log_probs: Tensor, labels: list[int] | None = None) -> Activations:
     n = len(log_probs)
     mask = torch.ones(n, 1, dtype=torch.bool)
-    return Activations({"label_log_probs": log_probs}, mask, torch.tensor(labels or [0] * n))
+    gold = torch.tensor(labels or [0] * n)
+    return Activations({"label_log_probs": log_probs}, mask, gold, gold, "", ())
 
 
 def random_scores(seed: int, n: int = 50, n_labels: int = 4) -> Tensor:

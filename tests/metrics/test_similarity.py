@@ -1,6 +1,7 @@
 """The similarities against their formulas, at their edges, and where their value is known in closed form."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ def activations(attn_out: Tensor, query_scores: Tensor | None = None, lengths: l
         query_scores = torch.zeros(n, attn_out.shape[1], HEADS, LENGTH)
     mask = torch.arange(query_scores.shape[-1]) >= query_scores.shape[-1] - torch.tensor(lengths or [LENGTH] * n)[:, None]
     kept = {"attn_out": attn_out, "query_scores": query_scores * mask[:, None, None]}
-    return Activations(kept, mask, torch.zeros(n, dtype=torch.long))
+    shape = f"{attn_out.shape[1:]} {query_scores.shape[1:3]}"
+    return Activations(kept, mask, torch.zeros(n, dtype=torch.long), mask.sum(-1), shape, ())
 
 
 def random_run(seed: int, n: int = 4) -> Activations:
@@ -141,9 +143,8 @@ def test_runs_of_other_queries_or_models_are_refused():
     icl, zsl = random_run(0), random_run(2)
     with pytest.raises(ValueError, match="same queries"):
         sim_aou(icl, random_run(1, n=3), zsl)
-    deeper = icl.with_kept(attn_out=torch.randn(4, LAYERS + 1, WIDTH))
     with pytest.raises(ValueError, match="same model"):
-        sim_aou(icl, deeper, zsl)
+        sim_aou(icl, replace(random_run(1), model="another"), zsl)
 
 
 def test_random_update_has_the_updates_size_a_direction_of_its_own_and_stays_within_the_query():

@@ -25,7 +25,7 @@ from iclgd_lens.models.bundled.language import (
 from iclgd_lens.models.bundled.learner import N_CTX, WEIGHTS, build_learner, build_tokenizer, load_bundled, save_bundled
 from iclgd_lens.models.bundled.training import draw_batch, train_bundled, training_loss
 from iclgd_lens.models.untrained import untrained_twin
-from iclgd_lens.runs.activations import capture
+from iclgd_lens.runs.capture import capture
 
 # The language
 

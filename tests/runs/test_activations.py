@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from iclgd_lens.runs.activations import Activations, capture
+from iclgd_lens.runs.activations import Activations
+from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.gradient import gd, lcgd
 from tests.models_zoo import ZOO, in_float64, make_demonstrations, make_model, make_queries
 from tests.reference import reference_capture, reference_update, relative_error

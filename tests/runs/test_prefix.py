@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iclgd_lens.data.prompts import context_tokens
-from iclgd_lens.runs.activations import capture
+from iclgd_lens.runs.capture import capture
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.gradient import gd
 from tests.models_zoo import BOS, make_demonstrations, make_model, make_queries

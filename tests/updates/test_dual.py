@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from iclgd_lens.runs.activations import capture
+from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.updates.gradient import gd, lcgd
 from tests.models_zoo import make_demonstrations, make_model, make_queries

@@ -1,0 +1,239 @@
+"""Running queries and reading every attention layer at the token that predicts the label.
+
+One function serves the three runs of the paper (Deutch et al. 2024, section 3.1): zero-shot (no context, no update),
+in-context (`context=`) and finetuned (`update=`). All are read at the last token of the query.
+
+>>> from iclgd_lens.data.registry import load_task
+>>> from iclgd_lens.models.loading import load_model
+>>> model = load_model("bundled")
+>>> episode = load_task("bundled/remapped").episode(model, k=12, n_queries=8, seed=0)
+>>> icl = capture(model, episode.queries, context=episode.demonstrations)
+>>> list(icl.attn_out.shape)
+[8, 4, 64]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol, get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from iclgd_lens.data.episodes import require_fit, require_known_tokens
+from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, context_tokens
+from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.sites import HookSites
+from iclgd_lens.runs.activations import OF_CONTEXT, Activations, AttentionPart, Kept
+from iclgd_lens.runs.prefix import Prefix
+from iclgd_lens.runs.reader import Reader
+
+ATTENTION: tuple[Kept, ...] = get_args(AttentionPart)
+"""What `update.attribution` reads, for `capture(..., keep=[..., *ATTENTION])` in a zero-shot run."""
+
+DEFAULT: tuple[Kept, ...] = ("attn_out", "query_scores", "context_scores", "label_log_probs", "lens_logits")
+"""What `capture` keeps if it is not told, as far as the run has it."""
+
+_OF_LABELS: tuple[Kept, ...] = ("label_log_probs", "lens_logits")
+
+
+class Attachable(Protocol):
+    """Anything that can be put on a model by hooks for the time of a run, as a `ParameterUpdate` can."""
+
+    def attached(self, model: HookedTransformer) -> Any:
+        """Return a context manager under which the model runs with the hooks on."""
+
+
+def capture(
+    model: HookedTransformer,
+    queries: Sequence[Query],
+    *,
+    context: Sequence[Demonstration] | None = None,
+    update: Attachable | None = None,
+    keep: Sequence[Kept] | None = None,
+    batch_size: int = 32,
+) -> Activations:
+    """Run queries and read every attention layer at each query's last token.
+
+    The context, or BOS alone, runs once; the queries run behind its cached keys and values, in batches of similar length, padded
+    on the left. Hooks that are already on the model act in every run; but label words are read out from the residual stream
+    (`models/readout.py`), so hooks on the final norm and the unembedding are not seen.
+
+    Kept are, for every query and layer: `d_model` numbers each for `attn_out`, `residual`, `head_out` and `demonstration_out`;
+    `heads` times the query's length, the context's length or the number of demonstrations for scores and attention to these; and
+    for the parts of `ATTENTION` together the query's length times `3 d_model + heads` (`capture_batches` bounds that). While a
+    batch runs, attention itself holds `batch × heads × query length × prompt length` for one layer, and `heads × context length²`
+    while the context runs.
+
+    Args:
+        model: A `HookedTransformer`, with or without hooks of your own on it.
+        queries: What to run; all with the same label words, or none.
+        context: Demonstrations to put in front of every query; None for zero-shot.
+        update: A `ParameterUpdate` to attach while running, to the context's tokens too.
+        keep: Which fields of `Activations` to fill. By default those of `DEFAULT` that the run has: `context_scores` needs a
+            context, `label_log_probs` and `lens_logits` need label words.
+        batch_size: How many queries run at once. It changes memory and time, not the result.
+
+    Raises:
+        ValueError: If there are no queries, their label words differ or are missing though asked for, the context is empty,
+            begins with another BOS than the queries, or makes a prompt longer than the context window; if a token is not in the
+            model's vocabulary; if `keep` names an unknown field or one that the run does not have; or if the update belongs to
+            another model.
+    """
+    request = _Request.of(model, queries, context, keep, batch_size)
+    with request.running(update):
+        reader = request.reader(request.prefix(), range(len(queries)))
+        for rows in request.batches():
+            reader.read(rows)
+    return request.activations(reader, slice(None))
+
+
+def capture_batches(
+    model: HookedTransformer,
+    queries: Sequence[Query],
+    *,
+    context: Sequence[Demonstration] | None = None,
+    keep: Sequence[Kept] | None = None,
+    batch_size: int = 32,
+) -> Iterator[tuple[Int[Tensor, "batch"], Activations]]:
+    """Capture queries batch by batch, so that no more is held than one batch of what is kept.
+
+    Batches depend on the queries and their number alone, so captures of the same queries with and without a context go in step and
+    can be zipped. The context runs once. Arguments and errors are those of `capture`.
+
+    Yields:
+        The rows of a batch, as indices into `queries`, and its activations.
+    """
+    request = _Request.of(model, queries, context, keep, batch_size)
+    with request.running():
+        prefix = request.prefix()
+    for rows in request.batches():
+        with request.running():
+            reader = request.reader(prefix, rows.tolist())
+            reader.read(torch.arange(len(rows)))
+        yield rows, request.activations(reader, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """A checked request to capture something."""
+
+    sites: HookSites
+    queries: Sequence[Query]
+    context: Sequence[Demonstration] | None
+    wanted: tuple[Kept, ...]
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedTransformer,
+        queries: Sequence[Query],
+        context: Sequence[Demonstration] | None,
+        keep: Sequence[Kept] | None,
+        batch_size: int,
+    ) -> _Request:
+        sites = HookSites.of(model)
+        label_tokens = _common_label_tokens(queries)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        bos = queries[0].tokens[0] if context is None else context_tokens(context)[0]
+        if any(query.tokens[0] != bos for query in queries):
+            raise ValueError("queries and demonstrations must all begin with the same BOS token")
+        require_known_tokens([*(context or ()), *queries], model.cfg.d_vocab)
+        require_fit(context or (), queries, model.cfg.n_ctx)
+        wanted = _wanted(keep, has_context=context is not None, has_labels=bool(label_tokens))
+        if set(wanted) & {"own_values", "score_gradients"}:
+            sites.require_separate_heads()
+        return cls(sites, queries, context, wanted, batch_size)
+
+    @contextmanager
+    def running(self, update: Attachable | None = None) -> Iterator[None]:
+        """Run within: without gradients but for those that are wanted, and with the update attached."""
+        with ExitStack() as stack:
+            modes: list[AbstractContextManager[Any]] = [torch.no_grad()]
+            if "score_gradients" in self.wanted:
+                modes.insert(0, torch.inference_mode(False))
+            if update is not None:
+                modes.append(update.attached(self.sites.model))
+            for mode in modes:
+                stack.enter_context(mode)
+            yield
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether prompts run whole, as what is kept of their own tokens includes BOS."""
+        return bool(set(self.wanted) & set(ATTENTION))
+
+    def prefix(self) -> Prefix:
+        """Run what all prompts begin with."""
+        if self.runs_whole:
+            return Prefix.empty(self.sites.model)
+        tokens = self.queries[0].tokens[:1] if self.context is None else context_tokens(self.context)
+        return Prefix.run(self.sites.model, tokens)
+
+    def batches(self) -> Iterator[Int[Tensor, "batch"]]:
+        return _batches([len(query.tokens) for query in self.queries], self.batch_size, self.sites.exchangeable_padding)
+
+    def reader(self, prefix: Prefix, rows: Sequence[int]) -> Reader:
+        """Make buffers for some of the queries."""
+        bodies = [self.queries[row].tokens[min(prefix.length, 1) :] for row in rows]
+        layout = None if self.context is None else ContextLayout.of(self.context)
+        return Reader(self.sites, prefix, self.wanted, bodies, self.queries[0].label_tokens, layout)
+
+    def activations(self, reader: Reader, rows: Int[Tensor, "batch"] | slice) -> Activations:
+        """What a reader of these rows has read."""
+        device = self.sites.model.cfg.device
+        labels = torch.tensor([-1 if query.label is None else query.label for query in self.queries])
+        ids = torch.tensor([hash((*query.tokens.tolist(), query.label)) for query in self.queries])
+        return Activations(
+            kept=reader.kept,
+            query_mask=reader.query_mask,
+            labels=labels[rows].to(device),
+            query_ids=ids[rows].to(device),
+            model=fingerprint(self.sites.model),
+            W_O=self.sites.output_weights,
+        )
+
+
+def _wanted(keep: Sequence[Kept] | None, *, has_context: bool, has_labels: bool) -> tuple[Kept, ...]:
+    impossible: dict[Kept, str] = {}
+    if not has_context:
+        impossible |= dict.fromkeys(OF_CONTEXT, "there is no context")
+    else:
+        impossible |= dict.fromkeys(ATTENTION, "it is read in runs without a context")
+    if not has_labels:
+        impossible |= dict.fromkeys(_OF_LABELS, "the queries have no label words")
+    if keep is None:
+        return tuple(name for name in DEFAULT if name not in impossible)
+    known = [*get_args(Kept)]
+    for name in keep:
+        if name not in known:
+            raise ValueError(f"keep may name {', '.join(known)}; got {name!r}")
+        if name in impossible:
+            raise ValueError(f"keep names {name!r}, but {impossible[name]}")
+    return tuple(keep)
+
+
+def _common_label_tokens(queries: Sequence[Query]) -> tuple[Int[Tensor, "label_pos"], ...]:
+    if not queries:
+        raise ValueError("no queries: capture needs at least one")
+    first = [tokens.tolist() for tokens in queries[0].label_tokens]
+    for number, query in enumerate(queries):
+        if query.label_tokens is not queries[0].label_tokens and [t.tolist() for t in query.label_tokens] != first:
+            raise ValueError(f"query {number} has other label words than query 0; capture them apart")
+    return queries[0].label_tokens
+
+
+def _batches(lengths: Sequence[int], batch_size: int, exchangeable_padding: bool) -> Iterator[Int[Tensor, "batch"]]:
+    """Split rows into batches of similar length, or of equal length where padding would change attention."""
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    groups = [order] if exchangeable_padding else [list(group) for _, group in groupby(order, key=lambda row: lengths[row])]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield torch.tensor(group[start : start + batch_size])

@@ -1,0 +1,247 @@
+"""The hooks that read a run, and the buffers that they fill, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from iclgd_lens.data.prompts import ContextLayout
+from iclgd_lens.models.precision import wide, wide_dtype
+from iclgd_lens.models.readout import read_out
+from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.runs.activations import Kept
+from iclgd_lens.runs.prefix import Prefix
+
+SUMS: tuple[Kept, ...] = (
+    "label_log_probs",
+    "head_out",
+    "demonstration_out",
+    "demonstration_attention",
+    "label_attention",
+    "own_pattern",
+    "score_gradients",
+)
+"""What is kept in at least float32; the rest is kept in the model's dtype."""
+
+SOFTMAX_TOLERANCE = 0.01
+"""How far attention may be from the softmax of its scores by rounding, in half precision too."""
+
+
+class Reader:
+    """The buffers that a capture fills.
+
+    Args:
+        sites: Where the model is read.
+        prefix: What the queries run behind.
+        wanted: What is to be kept.
+        bodies: The queries' tokens behind the prefix.
+        label_tokens: The tokens of each label word.
+        layout: Which demonstration each token of the prefix belongs to, where it holds any.
+    """
+
+    def __init__(
+        self,
+        sites: HookSites,
+        prefix: Prefix,
+        wanted: Sequence[Kept],
+        bodies: Sequence[Int[Tensor, "pos"]],
+        label_tokens: tuple[Int[Tensor, "label_pos"], ...],
+        layout: ContextLayout | None,
+    ) -> None:
+        cfg, n, longest = sites.model.cfg, len(bodies), max(map(len, bodies))
+        self.sites, self.prefix, self.bodies = sites, prefix, bodies
+        self.label_tokens = tuple(tokens.to(cfg.device) for tokens in label_tokens)
+        # Behind no prefix, BOS is a token of the body, and none of the query.
+        longest_query = longest - (prefix.length == 0)
+        n_demonstrations = 0
+        if layout is not None:
+            belongs = torch.nn.functional.one_hot(layout.demonstration).to(cfg.device, wide_dtype(cfg.dtype))
+            n_demonstrations = belongs.shape[1]
+            self.spans = {"demonstration_attention": belongs, "label_attention": belongs * layout.is_label.to(belongs)[:, None]}
+        heads, kv_heads, layers = cfg.n_heads, sites.n_kv_heads, sites.n_layers
+        shapes: dict[Kept, tuple[int, ...]] = {
+            "attn_out": (n, layers, cfg.d_model),
+            "query_scores": (n, layers, heads, longest_query),
+            "context_scores": (n, layers, heads, prefix.length - 1),
+            "label_log_probs": (n, len(label_tokens)),
+            "lens_logits": (n, layers, len(label_tokens)),
+            "residual": (n, layers, cfg.d_model),
+            "head_out": (n, layers, heads, cfg.d_head),
+            "demonstration_out": (n, layers, heads, cfg.d_head),
+            "demonstration_attention": (n, layers, heads, n_demonstrations),
+            "label_attention": (n, layers, heads, n_demonstrations),
+            "own_pattern": (n, layers, heads, longest),
+            "own_inputs": (n, layers, longest, cfg.d_model),
+            "own_values": (n, layers, longest, kv_heads, cfg.d_head),
+            "score_gradients": (n, layers, longest, heads, cfg.d_head),
+        }
+        self.kept: dict[str, Tensor] = {
+            name: torch.zeros(shapes[name], dtype=wide_dtype(cfg.dtype) if name in SUMS else cfg.dtype, device=cfg.device)
+            for name in wanted
+        }
+        lengths = torch.tensor([len(body) - (prefix.length == 0) for body in bodies], device=cfg.device)
+        self.query_mask = torch.arange(longest_query, device=cfg.device) >= longest_query - lengths[:, None]
+
+    def read(self, rows: Int[Tensor, "batch"]) -> None:
+        """Run one batch of queries and keep what is wanted of it."""
+        bodies = [self.bodies[row] for row in rows.tolist()]
+        batch = _Batch(self, rows, max(map(len, bodies)))
+        final: list[Float[Tensor, "batch d_model"]] = []
+        hooks: list[NamedHook] = []
+        for layer in range(self.sites.n_layers):
+            hooks += batch.hooks(layer)
+        if "label_log_probs" in self.kept:
+            hooks.append((self.sites.residual_out[-1], lambda residual, hook: final.append(residual[:, -1].detach())))
+        gradients: AbstractContextManager[Any] = torch.enable_grad() if "score_gradients" in self.kept else nullcontext()
+        with gradients:
+            self.prefix.continue_with(bodies, hooks)
+        if final:
+            self.kept["label_log_probs"][rows] = self._score_labels(bodies, final[0])
+
+    def _score_labels(
+        self, bodies: list[Int[Tensor, "pos"]], final: Float[Tensor, "batch d_model"]
+    ) -> Float[Tensor, "batch label"]:
+        """Mean log-likelihood of every label word's tokens; a word's later tokens are read behind its earlier ones."""
+        first = self._log_probs(final)
+        return torch.stack(
+            [
+                (first[:, tokens[0]] + self._rest_log_prob(bodies, tokens)) / len(tokens)
+                if len(tokens) > 1
+                else first[:, tokens[0]]
+                for tokens in self.label_tokens
+            ],
+            dim=-1,
+        )
+
+    def _rest_log_prob(self, bodies: list[Int[Tensor, "pos"]], tokens: Int[Tensor, "label_pos"]) -> Float[Tensor, "batch"]:
+        """Summed log-likelihood of a label word's tokens after the first."""
+        seen: list[Float[Tensor, "batch label_pos d_model"]] = []
+        n_rest = len(tokens) - 1
+        keep_last = (self.sites.residual_out[-1], lambda residual, hook: seen.append(residual[:, -n_rest:]))
+        self.prefix.continue_with([torch.cat([body, tokens[:-1].to(body.device)]) for body in bodies], [keep_last])
+        log_probs = self._log_probs(seen[0])
+        targets = tokens[1:].expand(len(bodies), -1)
+        return log_probs.gather(-1, targets[..., None]).squeeze(-1).sum(-1)
+
+    def _log_probs(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        return wide(read_out(self.sites.model, residual)).log_softmax(dim=-1)
+
+
+class _Batch:
+    """The hooks that read one batch of queries into the buffers of a reader."""
+
+    def __init__(self, reader: Reader, rows: Int[Tensor, "batch"], width: int) -> None:
+        self.reader, self.rows, self.width = reader, rows, width
+        self.sites, self.prefix, self.kept = reader.sites, reader.prefix, reader.kept
+        mask = reader.query_mask[rows]
+        # A prompt's own tokens: its BOS stands just before the first token of the query.
+        self.own_mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)[:, -width:]
+
+    def hooks(self, layer: int) -> list[NamedHook]:
+        """The hooks for what is wanted of one layer."""
+        sites, wants = self.sites, self.kept.keys()
+        hooks: list[NamedHook] = []
+
+        def at(name: str, read: Callable[[int, Tensor], Tensor | None], *kept: Kept) -> None:
+            if wants & set(kept):
+                hooks.append((name, lambda tensor, hook: read(layer, tensor)))
+
+        # Gradients are taken layer by layer, so that no more than one layer's graph is held.
+        at(sites.residual_in[layer], lambda _, residual: residual.detach(), "score_gradients")
+        at(sites.attention_out[layer], self._last("attn_out"), "attn_out")
+        at(sites.residual_out[layer], self._last("residual"), "residual")
+        at(sites.head_out[layer], self._last("head_out"), "head_out")
+        at(sites.projection_in[layer], self._inputs, "own_inputs")
+        at(sites.values[layer], self._values, "own_values")
+        if "score_gradients" in wants:
+            seen: dict[str, Tensor] = {}
+            hooks.append((sites.keys[layer], self._leaf(seen)))
+            hooks.append((sites.scores[layer], self._score_gradients(seen, layer)))
+            hooks.append((sites.pattern[layer], _require_softmax(seen, layer)))
+        at(sites.scores[layer], self._scores, "query_scores", "context_scores")
+        at(sites.pattern[layer], self._pattern, "own_pattern", "demonstration_attention", "label_attention", "demonstration_out")
+        at(sites.residual_out[layer], self._lens, "lens_logits")
+        return hooks
+
+    def _last(self, name: Kept) -> Callable[[int, Tensor], None]:
+        def keep(layer: int, seen: Float[Tensor, "batch pos *rest"]) -> None:
+            self.kept[name][self.rows, layer] = seen[:, -1].detach().to(self.kept[name])
+
+        return keep
+
+    def _scores(self, layer: int, scores: Float[Tensor, "batch head query_pos key_pos"]) -> None:
+        last = scores[:, :, -1].detach()
+        if "query_scores" in self.kept:
+            width = min(self.width, self.reader.query_mask.shape[1])
+            mask = self.reader.query_mask[self.rows][:, None, -width:]
+            own = last[:, :, -width:]
+            self.kept["query_scores"][self.rows, layer, :, -width:] = own.masked_fill(~mask | own.isinf(), 0.0)
+        if "context_scores" in self.kept:
+            self.kept["context_scores"][self.rows, layer] = last[:, :, 1 : self.prefix.length]
+
+    def _pattern(self, layer: int, pattern: Float[Tensor, "batch head query_pos key_pos"]) -> None:
+        last = wide(pattern[:, :, -1].detach())
+        context = last[:, :, 1 : self.prefix.length]
+        for name in self.kept.keys() & {"demonstration_attention", "label_attention"}:
+            self.kept[name][self.rows, layer] = context @ self.reader.spans[name]
+        if "demonstration_out" in self.kept:
+            values = wide(self.prefix.values(layer)[1:])
+            grouped = rearrange(context, "batch (kv_head group) pos -> batch kv_head group pos", kv_head=values.shape[1])
+            out = einsum(grouped, values, "batch kv_head group pos, pos kv_head d_head -> batch kv_head group d_head")
+            self.kept["demonstration_out"][self.rows, layer] = out.flatten(1, 2)
+        if "own_pattern" in self.kept:
+            self.kept["own_pattern"][self.rows, layer, :, -self.width :] = last.masked_fill(~self.own_mask[:, None], 0.0)
+
+    def _inputs(self, layer: int, seen: Float[Tensor, "batch pos d_model"]) -> None:
+        self._keep_own("own_inputs", layer, self.sites.project_from(layer, seen).detach())
+
+    def _values(self, layer: int, values: Float[Tensor, "batch pos kv_head d_head"]) -> None:
+        self._keep_own("own_values", layer, values.detach())
+
+    def _keep_own(self, name: Kept, layer: int, own: Float[Tensor, "batch pos *rest"]) -> None:
+        mask = self.own_mask.view(*self.own_mask.shape, *[1] * (own.ndim - 2))
+        self.kept[name][self.rows, layer, -self.width :] = own.masked_fill(~mask, 0.0).to(self.kept[name])
+
+    def _leaf(self, seen: dict[str, Tensor]) -> Callable[..., Tensor]:
+        def cut(projected: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> Tensor:
+            seen["keys"] = projected.detach().requires_grad_()
+            return seen["keys"]
+
+        return cut
+
+    def _score_gradients(self, seen: dict[str, Tensor], layer: int) -> Callable[..., Tensor]:
+        def take(scores: Float[Tensor, "batch head query_pos key_pos"], hook: Any) -> Tensor:
+            keys, last = seen.pop("keys"), scores[:, :, -1]
+            seen["softmax"] = wide(last.detach()).softmax(dim=-1)
+            # A key's gradient is a sum over the heads that share it, so each head of a group has a pass of its own.
+            finite = last.masked_fill(last.isinf(), 0.0)
+            groups = rearrange(finite, "batch (kv_head group) pos -> group batch kv_head pos", kv_head=keys.shape[2])
+            found = [torch.autograd.grad(group.sum(), keys, retain_graph=True)[0] for group in groups]
+            gradients = rearrange(torch.stack(found), "group batch pos kv_head d_head -> batch pos (kv_head group) d_head")
+            self._keep_own("score_gradients", layer, gradients)
+            return scores.detach()
+
+        return take
+
+    def _lens(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        first = torch.stack([tokens[0] for tokens in self.reader.label_tokens])
+        self.kept["lens_logits"][self.rows, layer] = read_out(self.sites.model, residual[:, -1].detach(), first)
+
+
+def _require_softmax(seen: dict[str, Tensor], layer: int) -> Callable[..., None]:
+    def check(pattern: Float[Tensor, "batch head query_pos key_pos"], hook: Any) -> None:
+        last, expected = wide(pattern[:, :, -1].detach()), seen.pop("softmax")
+        # An attention sink takes a share of every row and leaves its proportions.
+        if not torch.allclose(last, expected * last.sum(dim=-1, keepdim=True), atol=SOFTMAX_TOLERANCE):
+            raise ValueError(
+                f"attention in layer {layer} is not the softmax of its scores; a hook edits it. score_gradients are for the "
+                "first-order change through the softmax: take the hook off, or capture the rest without score_gradients"
+            )
+
+    return check
