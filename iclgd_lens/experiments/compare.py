@@ -22,6 +22,7 @@ from iclgd_lens.data.controls import permuted, shuffled_labels
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.experiments.comparison import Comparison, Rows, source_columns
+from iclgd_lens.experiments.kernels import TICKS, kernel_rows, require_kernel_views
 from iclgd_lens.experiments.measure import (
     by_chunks,
     gradient_rows,
@@ -41,7 +42,7 @@ from iclgd_lens.updates.inject import Parameter
 from iclgd_lens.updates.random_weights import random_weights
 
 Method = Literal["gd", "lcgd"]
-METHODS: dict[Method, Callable[..., ParameterUpdate]] = {"gd": gd, "lcgd": lcgd}
+METHODS: dict[str, Callable[..., ParameterUpdate]] = {"gd": gd, "lcgd": lcgd}
 
 Control = Literal["random", "random_weights", "shuffled_labels", "permuted", "other_task"]
 """What may stand in the place of the true update, while in-context learning keeps the true demonstrations:
@@ -75,6 +76,7 @@ def compare(
     schedule: Schedule = "online",
     epochs: int = 1,
     parameters: Sequence[Parameter] = ALL_PARAMETERS,
+    kernels: bool = False,
     batch_size: int = 32,
     called: str = "trained",
     if_diverged: Literal["raise", "record"] = "raise",
@@ -95,15 +97,17 @@ def compare(
         schedule: See `loss_on`.
         epochs: See `loss_on`.
         parameters: See `loss_on`.
+        kernels: Add the kernel views of `iclgd_lens.kernels`: smoothing and drift, implied attention, label regression, tangent
+            kernels and functional gradient descent. Their metrics, and what is held, are those of `kernel_rows`.
         batch_size: As in `capture`.
         called: What the column `model` says of the model.
         if_diverged: `"raise"` if an update becomes non-finite, or `"record"` it in `problems` and go on without it.
-        on_run: Called after every run, of which there are `n_runs(methods, controls, untrained)`, fewer if a control has nothing
-            to change or an update diverges.
+        on_run: Called after every run, of which there are `n_runs(methods, controls, untrained, kernels)`, fewer if a control has
+            nothing to change or an update diverges.
 
     Raises:
         ValueError: If a method or control is unknown, a method has no learning rate, the control `"other_task"` has no other
-            episode, or as `capture`, `gd` and `lcgd` do.
+            episode, the kernel views are wanted and cannot be had (`require_kernel_views`), or as `capture`, `gd` and `lcgd` do.
         DivergedError: If an update becomes non-finite, unless that is to be recorded.
     """
     require_methods(methods)
@@ -113,12 +117,14 @@ def compare(
     rates = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(map(str, methods), lr)
     if missing := [method for method in methods if method not in rates]:
         raise ValueError(f"lr names no learning rate for {missing[0]!r}; got {rates}")
+    if kernels:
+        require_kernel_views(model, episode)
     options: dict[str, Any] = {"loss_on": loss_on, "readout": readout, "schedule": schedule, "epochs": epochs}
     options["parameters"] = tuple(parameters)
     return Comparison.concatenated(
         [
             Reference.of(subject, episode, called=name, batch_size=batch_size, on_run=on_run).compare(
-                methods, rates, controls=controls, other=other, if_diverged=if_diverged, **options
+                methods, rates, controls=controls, other=other, kernels=kernels, if_diverged=if_diverged, **options
             )
             for name, subject in ((called, model), ("untrained", untrained))
             if subject is not None
@@ -126,10 +132,14 @@ def compare(
     )
 
 
-def n_runs(methods: Sequence[Method], controls: Sequence[Control] = ("random",), untrained: bool = False) -> int:
-    """How often `compare` calls `on_run`: zero-shot, in-context, and each method's updates and runs, for every model."""
+def n_runs(
+    methods: Sequence[Method], controls: Sequence[Control] = ("random",), untrained: bool = False, kernels: bool = False
+) -> int:
+    """How often `compare` calls `on_run`: zero-shot, in-context, each method's updates and runs, and the kernel views, for every
+    model.
+    """
     updates = 1 + len(set(controls) - {"random"})
-    return (2 + 2 * updates * len(methods)) * (2 if untrained else 1)
+    return (2 + 2 * updates * len(methods) + kernels * (TICKS + len(methods))) * (2 if untrained else 1)
 
 
 def require_methods(methods: Sequence[str]) -> None:
@@ -202,16 +212,18 @@ class Reference:
         *,
         controls: Sequence[Control] = (),
         other: Episode | None = None,
+        kernels: bool = False,
         if_diverged: Literal["raise", "record"] = "raise",
         **options: Any,
     ) -> Comparison:
         """Compare with every method at its rate, and with every control in its place.
 
         Args:
-            methods: As in the function `compare`, as are `controls`, `other` and `if_diverged`.
+            methods: As in the function `compare`, as are `controls`, `other`, `kernels` and `if_diverged`.
             rates: The learning rate of every method.
             controls: See `methods`.
             other: See `methods`.
+            kernels: See `methods`.
             if_diverged: See `methods`.
             options: How updates are made: `loss_on`, `readout`, `schedule`, `epochs` and `parameters`.
         """
@@ -230,8 +242,8 @@ class Reference:
                 rows.add("problems", [{"problem": str(error)}], **about)
                 return None
 
-        makers = {method: partial(self._update, method, rates[method], options) for method in methods}
-        updates: dict[Method, ParameterUpdate] = {}
+        makers = {str(method): partial(self._update, method, rates[method], options) for method in methods}
+        updates: dict[str, ParameterUpdate] = {}
         for method, make in makers.items():
             update = unless_diverged(partial(make, self.episode.demonstrations, self.episode), method=method, lr=rates[method])
             if update is not None:
@@ -256,10 +268,24 @@ class Reference:
                 if control != "random":  # which changes what attention did, and no output
                     self._add_outputs(rows, ft, about)
                 rows.add("frame", similarity_rows(self.icl, ft, self.zsl, gd_run, unchanged), **about)
+        if kernels:
+
+            def in_epochs(method: str, epochs: int) -> ParameterUpdate:
+                longer = {**options, "epochs": epochs}
+                return self._update(method, rates[method], longer, self.episode.demonstrations, self.episode)
+
+            def attempt(method: str, made: Callable[[], ParameterUpdate]) -> ParameterUpdate | None:
+                return unless_diverged(made, method=method, lr=rates[method])
+
+            everything = {"zsl": self.zsl, "icl": self.icl, **runs}
+            for name, about_control, found in kernel_rows(
+                self.model, self.episode, everything, updates, options["parameters"], in_epochs, attempt, self.tick
+            ):
+                rows.add("frame", found, method=name, lr=rates.get(name), control=about_control)
         return rows.comparison()
 
     def _update(
-        self, method: Method, lr: float, options: Mapping[str, Any], demonstrations: Sequence[Demonstration], source: Episode
+        self, method: str, lr: float, options: Mapping[str, Any], demonstrations: Sequence[Demonstration], source: Episode
     ) -> ParameterUpdate:
         update = METHODS[method](self.model, demonstrations, lr=lr, label_tokens=source.label_tokens, **options)
         self.tick()

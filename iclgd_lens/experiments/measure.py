@@ -34,14 +34,14 @@ CHUNK = 256
 
 def run_rows(run: Activations) -> Iterator[Row]:
     """How well one run does the task."""
-    yield from _rows("accuracy", correct(run))
-    yield from _rows("label_loss", label_loss(run))
+    yield from metric_rows("accuracy", correct(run))
+    yield from metric_rows("label_loss", label_loss(run))
 
 
 def output_rows(icl: Activations, other: Activations) -> Iterator[Row]:
     """How alike the outputs of ICL and of another run are (Shen et al. 2024)."""
-    yield from _rows("same_prediction", same_prediction(icl, other))
-    yield from _rows("js_divergence", js_divergence(icl, other))
+    yield from metric_rows("same_prediction", same_prediction(icl, other))
+    yield from metric_rows("js_divergence", js_divergence(icl, other))
 
 
 def similarity_rows(
@@ -67,8 +67,8 @@ def similarity_rows(
     yield from _over_subsets("sim_am_zsl", unchanged, changed)
     yield from _over_subsets("sim_am_delta", by_chunks(sim_am_delta, icl, ft, zsl), changed)
     if gd is not None:
-        yield from _rows("alpha_aou", by_chunks(partial(alpha, of="attn_out"), ft, gd, zsl))
-        yield from _rows("alpha_am", by_chunks(partial(alpha, of="query_scores"), ft, gd, zsl))
+        yield from metric_rows("alpha_aou", by_chunks(partial(alpha, of="attn_out"), ft, gd, zsl))
+        yield from metric_rows("alpha_am", by_chunks(partial(alpha, of="query_scores"), ft, gd, zsl))
 
 
 def by_chunks(similarity: Callable[..., Tensor], *runs: Activations) -> Tensor:
@@ -79,7 +79,7 @@ def by_chunks(similarity: Callable[..., Tensor], *runs: Activations) -> Tensor:
 
 def rec2ftp_rows(icl: Activations, ft: Activations, zsl: Activations) -> Iterator[Row]:
     """Recall to finetuning predictions (Dai et al. 2023)."""
-    yield from _rows("rec2ftp", rec2ftp(icl, ft, zsl))
+    yield from metric_rows("rec2ftp", rec2ftp(icl, ft, zsl))
 
 
 def query_rows(run: Activations, label_words: tuple[str, ...]) -> Iterator[Row]:
@@ -99,11 +99,11 @@ def gradient_rows(update: ParameterUpdate) -> Iterator[Row]:
 
 
 def _over_subsets(metric: str, values: Float[Tensor, "query layer *head"], changed: Bool[Tensor, "query"]) -> Iterator[Row]:
-    yield from _rows(metric, values)
-    yield from _rows(metric, values[changed], subset="false_to_true")
+    yield from metric_rows(metric, values)
+    yield from metric_rows(metric, values[changed], subset="false_to_true")
 
 
-def _rows(metric: str, values: Tensor, subset: Subset = "all") -> Iterator[Row]:
+def metric_rows(metric: str, values: Tensor, subset: Subset = "all") -> Iterator[Row]:
     """One row per layer, `values` being `[query layer ...]`, or one row for `[query]` values of the whole model."""
     layers = [(None, values)] if values.ndim == 1 else list(enumerate(values.unbind(dim=1)))
     for layer, per_query in layers:

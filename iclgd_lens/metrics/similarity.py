@@ -41,9 +41,7 @@ def sim_aou(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor
         ValueError: If the runs are not of the same queries and model.
     """
     require_same_runs(icl, ft, zsl)
-    return _cosine(
-        _difference(icl.attn_out, zsl.attn_out, OUTPUT_ROUNDING), _difference(ft.attn_out, zsl.attn_out, OUTPUT_ROUNDING)
-    )
+    return cosine(difference(icl.attn_out, zsl.attn_out, OUTPUT_ROUNDING), difference(ft.attn_out, zsl.attn_out, OUTPUT_ROUNDING))
 
 
 def sim_aou_norm(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor, "query layer"]:
@@ -58,9 +56,7 @@ def sim_aou_norm(icl: Activations, ft: Activations, zsl: Activations) -> Float[T
     require_same_runs(icl, ft, zsl)
     stored = zsl.attn_out.dtype
     unit_icl, unit_ft, unit_zsl = (_unit(run.attn_out) for run in (icl, ft, zsl))
-    return _cosine(
-        _difference(unit_icl, unit_zsl, OUTPUT_ROUNDING, stored), _difference(unit_ft, unit_zsl, OUTPUT_ROUNDING, stored)
-    )
+    return cosine(difference(unit_icl, unit_zsl, OUTPUT_ROUNDING, stored), difference(unit_ft, unit_zsl, OUTPUT_ROUNDING, stored))
 
 
 def sim_am(icl: Activations, ft: Activations) -> Float[Tensor, "query layer head"]:
@@ -73,7 +69,7 @@ def sim_am(icl: Activations, ft: Activations) -> Float[Tensor, "query layer head
         ValueError: If the runs are not of the same queries and model.
     """
     require_same_runs(icl, ft)
-    return _cosine(wide(icl.query_scores), wide(ft.query_scores))
+    return cosine(wide(icl.query_scores), wide(ft.query_scores))
 
 
 def sim_am_delta(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor, "query layer head"]:
@@ -83,9 +79,9 @@ def sim_am_delta(icl: Activations, ft: Activations, zsl: Activations) -> Float[T
         ValueError: If the runs are not of the same queries and model.
     """
     require_same_runs(icl, ft, zsl)
-    return _cosine(
-        _difference(icl.query_scores, zsl.query_scores, SCORE_ROUNDING),
-        _difference(ft.query_scores, zsl.query_scores, SCORE_ROUNDING),
+    return cosine(
+        difference(icl.query_scores, zsl.query_scores, SCORE_ROUNDING),
+        difference(ft.query_scores, zsl.query_scores, SCORE_ROUNDING),
     )
 
 
@@ -117,7 +113,7 @@ def _unit(x: Float[Tensor, "*batch component"]) -> Float[Tensor, "*batch compone
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def _difference(
+def difference(
     a: Float[Tensor, "*batch component"],
     b: Float[Tensor, "*batch component"],
     rounding: float,
@@ -127,11 +123,11 @@ def _difference(
     storage = torch.finfo(stored or a.dtype).eps
     a, b = wide(a), wide(b)
     unit = max(rounding * torch.finfo(a.dtype).eps, storage)
-    difference = a - b
+    change = a - b
     longest = torch.maximum(a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True))
-    return difference.masked_fill(difference.norm(dim=-1, keepdim=True) <= unit * longest, 0.0)
+    return change.masked_fill(change.norm(dim=-1, keepdim=True) <= unit * longest, 0.0)
 
 
-def _cosine(a: Float[Tensor, "*batch component"], b: Float[Tensor, "*batch component"]) -> Float[Tensor, "*batch"]:
+def cosine(a: Float[Tensor, "*batch component"], b: Float[Tensor, "*batch component"]) -> Float[Tensor, "*batch"]:
     """Cosine along the last axis, NaN where a vector is zero or not finite."""
     return einsum(_unit(a), _unit(b), "... component, ... component -> ...").clamp(-1.0, 1.0)

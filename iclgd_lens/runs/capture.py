@@ -178,7 +178,7 @@ class _Request:
         return Prefix.run(self.sites.model, tokens)
 
     def batches(self) -> Iterator[Int[Tensor, "batch"]]:
-        return _batches([len(query.tokens) for query in self.queries], self.batch_size, self.sites.exchangeable_padding)
+        return batches_by_length([len(query.tokens) for query in self.queries], self.batch_size, self.sites.exchangeable_padding)
 
     def reader(self, prefix: Prefix, rows: Sequence[int]) -> Reader:
         """Make buffers for some of the queries."""
@@ -230,7 +230,7 @@ def _common_label_tokens(queries: Sequence[Query]) -> tuple[Int[Tensor, "label_p
     return queries[0].label_tokens
 
 
-def _batches(lengths: Sequence[int], batch_size: int, exchangeable_padding: bool) -> Iterator[Int[Tensor, "batch"]]:
+def batches_by_length(lengths: Sequence[int], batch_size: int, exchangeable_padding: bool) -> Iterator[Int[Tensor, "batch"]]:
     """Split rows into batches of similar length, or of equal length where padding would change attention."""
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     groups = [order] if exchangeable_padding else [list(group) for _, group in groupby(order, key=lambda row: lengths[row])]

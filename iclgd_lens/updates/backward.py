@@ -35,7 +35,7 @@ def output_gradients(
     sites: HookSites, tokens: Int[Tensor, "pos"], injected: list[NamedHook], loss: Loss, parameters: tuple[Parameter, ...]
 ) -> Gradients:
     """One forward and one backward pass, from the loss at the output down to the first layer's keys and values."""
-    recorder = _Recorder(sites, parameters)
+    recorder = Recorder(sites, parameters)
     final: list[Tensor] = []
     hooks = [*injected]
     for layer in range(sites.n_layers):
@@ -44,20 +44,20 @@ def output_gradients(
     hooks.append((sites.residual_out[-1], lambda residual, hook: final.append(residual)))
     _run(sites, tokens, hooks)
     value = loss(final[0])
-    return recorder.gradients([_gradients(value, recorder.outputs())], value)
+    return recorder.gradients([loss_gradients(value, recorder.outputs())], value)
 
 
 def layer_causal_gradients(
     sites: HookSites, tokens: Int[Tensor, "pos"], injected: list[NamedHook], loss: Loss, parameters: tuple[Parameter, ...]
 ) -> Gradients:
     """One forward pass; inside the hook at every block's output, that block's loss and its gradient."""
-    recorder = _Recorder(sites, parameters)
+    recorder = Recorder(sites, parameters)
     values: list[Float[Tensor, ""]] = []
     found: list[tuple[Tensor, ...]] = []
 
     def take(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
         value = loss(residual)
-        found.append(_gradients(value, recorder.outputs()))
+        found.append(loss_gradients(value, recorder.outputs()))
         recorder.forget_outputs()
         values.append(value.detach())
         return residual.detach()
@@ -72,28 +72,30 @@ def layer_causal_gradients(
     return recorder.gradients(found, torch.stack(values).sum())
 
 
-def _gradients(value: Float[Tensor, ""], outputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a loss; zero for what it does not depend on, as when a hook of the user's ablates an attention layer."""
+def loss_gradients(value: Float[Tensor, ""], outputs: list[Tensor], *, again: bool = False) -> tuple[Tensor, ...]:
+    """Gradients of a loss; zero for what it does not depend on, as when a hook of the user's ablates an attention layer. With
+    `again`, others can be taken of the same graph.
+    """
     if not value.requires_grad:
         return tuple(torch.zeros_like(output) for output in outputs)
-    return torch.autograd.grad(value, outputs, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(value, outputs, retain_graph=again, allow_unused=True, materialize_grads=True)
 
 
-class _Recorder:
+class Recorder:
     """Reads, layer by layer, the projections' inputs, and holds their outputs until their gradients are taken."""
 
     def __init__(self, sites: HookSites, parameters: tuple[Parameter, ...]) -> None:
         self.sites = sites
         self.trains_keys = bool({"W_K", "b_K"} & set(parameters))
         self.trains_values = bool({"W_V", "b_V"} & set(parameters))
-        self._inputs: dict[int, Tensor] = {}
+        self.inputs: dict[int, Float[Tensor, "batch pos d_model"]] = {}
         self._outputs: list[Tensor] = []
 
     def hooks(self, layer: int, *, cut: bool) -> list[NamedHook]:
         """Hooks that record one layer; with `cut`, its projections' outputs become leaves of the graph."""
 
         def record_input(projection_in: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-            self._inputs[layer] = self.sites.project_from(layer, projection_in).detach()[0]
+            self.inputs[layer] = self.sites.project_from(layer, projection_in).detach()
 
         def record_output(projected: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> Tensor:
             if cut:
@@ -121,7 +123,7 @@ class _Recorder:
         flat = [gradient[0] for gradients in found for gradient in gradients]
         n_kinds = self.trains_keys + self.trains_values
         return Gradients(
-            inputs=[self._inputs[layer] for layer in range(self.sites.n_layers)],
+            inputs=[self.inputs[layer][0] for layer in range(self.sites.n_layers)],
             keys=flat[::n_kinds] if self.trains_keys else None,
             values=flat[n_kinds - 1 :: n_kinds] if self.trains_values else None,
             loss=loss.detach(),

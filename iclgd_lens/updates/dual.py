@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,6 +28,8 @@ from iclgd_lens.files import written_whole
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.precision import wide
 from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.runs.activations import Activations
+from iclgd_lens.updates.attribution import Attribution, attribute
 from iclgd_lens.updates.inject import Parameter, injection_hooks
 
 LossOn = Literal["demonstration", "label"]
@@ -37,6 +39,18 @@ Schedule = Literal["online", "batch"]
 ALL_PARAMETERS: tuple[Parameter, ...] = get_args(Parameter)
 
 FILE_FORMAT = "iclgd_lens.ParameterUpdate/1"
+
+
+def require_parameters(parameters: Sequence[Parameter] | Parameter) -> tuple[Parameter, ...]:
+    """Check the names of trained parameters; a single one may stand without a list.
+
+    Raises:
+        ValueError: If there are none, or one is unknown.
+    """
+    names: tuple[Parameter, ...] = (parameters,) if isinstance(parameters, str) else tuple(parameters)
+    if not names or any(name not in ALL_PARAMETERS for name in names):
+        raise ValueError(f"parameters must be some of {', '.join(ALL_PARAMETERS)}; got {list(names)}")
+    return names
 
 
 @dataclass(frozen=True)
@@ -74,9 +88,7 @@ class UpdateSettings:
             raise ValueError(f"lr must be a number, finite and not negative; got {self.lr!r}")
         if not isinstance(self.epochs, Integral) or self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs!r}")
-        names = (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
-        if not names or any(name not in ALL_PARAMETERS for name in names):
-            raise ValueError(f"parameters must be some of {', '.join(ALL_PARAMETERS)}; got {list(names)}")
+        names = require_parameters(self.parameters)
         # In the types that can be saved, whatever a caller's numbers were.
         for field, value in (("lr", float(self.lr)), ("epochs", int(self.epochs)), ("parameters", names)):
             object.__setattr__(self, field, value)
@@ -141,6 +153,28 @@ class ParameterUpdate:
             flat = torch.zeros_like(flat)
         return flat.sum(dim=0) if name.startswith("b") else wide(self.inputs[layer]).T @ flat
 
+    def first_epochs(self, epochs: int) -> ParameterUpdate:
+        """The update as it was after some of its epochs.
+
+        Raises:
+            ValueError: If it was not made in so many.
+        """
+        made = self.settings.epochs
+        if not 1 <= epochs <= made:
+            raise ValueError(f"epochs={epochs}, but the update was made in {made}")
+        tokens, steps = (slice(length * epochs // made) for length in (len(self.position), len(self.losses)))
+        return replace(
+            self,
+            inputs=self.inputs[:, tokens],
+            key_errors=self.key_errors[:, tokens],
+            value_errors=self.value_errors[:, tokens],
+            demonstration=self.demonstration[tokens],
+            position=self.position[tokens],
+            gradient_norms=self.gradient_norms[:, steps],
+            losses=self.losses[steps],
+            settings=replace(self.settings, epochs=epochs),
+        )
+
     @property
     def norms(self) -> dict[str, Float[Tensor, "layer"]]:
         """The Frobenius norm of every trained parameter's change, per layer."""
@@ -148,6 +182,26 @@ class ParameterUpdate:
             name: torch.stack([self.delta(name, layer).norm() for layer in range(len(self.inputs))])
             for name in self.settings.parameters
         }
+
+    def attribution(self, activations: Activations, along: Float[Tensor, "query layer d_model"] | None = None) -> Attribution:
+        """Say how much every token of the demonstrations contributes to what the update changes at the last query token.
+
+        Contributions are to first order in the update, through values and through keys, per layer and head, with the layer's inputs
+        held as they are (`updates/attribution.py`; Irie et al. 2022, section 3). Returned are four times `query × layer × head ×
+        token` numbers; `capture_batches` gives activations in batches that bound it.
+
+        Args:
+            activations: The queries zero-shot, captured with `keep=[*ATTENTION]`.
+            along: The direction in the residual stream along which contributions are measured, such as the change that
+                demonstrations make in-context, `icl.attn_out - zsl.attn_out`; by default the first-order change itself, so that
+                contributions sum to its length.
+
+        Raises:
+            ValueError: If the activations are of another model, `along` does not fit them, or the update was not made on
+                demonstrations (`random_weights`).
+            AttributeError: If the activations lack what is needed.
+        """
+        return attribute(self, activations, along)
 
     def fwd_hooks(self, model: HookedTransformer) -> list[NamedHook]:
         """Make the hooks under which `model` runs as if it had been updated, for `model.run_with_hooks(fwd_hooks=...)`.

@@ -1,0 +1,148 @@
+"""The kernel views of attention, as rows: smoothing and drift, and the attention that updates imply.
+
+Queries stream through the model a few at a time, with and without demonstrations in step, so no more is held than one such batch of
+what attribution reads, and per query, layer and head one number per metric and demonstration.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from iclgd_lens.data.episodes import Episode
+from iclgd_lens.data.prompts import Demonstration
+from iclgd_lens.experiments.measure import Row, metric_rows
+from iclgd_lens.kernels.implied import agreement, by_demonstration, icl_attention, implied_attention, proxy_attention
+from iclgd_lens.kernels.smoother import decompose
+from iclgd_lens.metrics.ranking import shuffled_weights
+from iclgd_lens.metrics.similarity import OUTPUT_ROUNDING, cosine, difference
+from iclgd_lens.runs.activations import Activations
+from iclgd_lens.runs.capture import ATTENTION, capture_batches
+from iclgd_lens.updates.attribution import Attribution
+from iclgd_lens.updates.dual import ParameterUpdate
+
+BATCH = 8
+"""How many queries stream at a time; a batch holds, per layer, the query's length times `3 d_model + heads` numbers each."""
+
+STATISTICS = ("kendall", "spearman", "cosine", "top_k_recall")
+"""The statistics of `Agreement`."""
+
+Values = dict[tuple[str, str, str], list[Float[Tensor, "batch layer *head"]]]
+"""Values of a metric, batch by batch, under (method, control, metric)."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionViews:
+    """What streaming the queries found.
+
+    Attributes:
+        rows: Rows of the tidy frame, under (method, control).
+        demonstration_attention: `[query layer head demonstration]`: in-context attention to each demonstration.
+        label_attention: `[query layer head demonstration]`: in-context attention to each demonstration's label.
+        lens_logits: `[query layer label]`: in-context logit-lens logits.
+    """
+
+    rows: dict[tuple[str, str], list[Row]]
+    demonstration_attention: Float[Tensor, "query layer head demonstration"]
+    label_attention: Float[Tensor, "query layer head demonstration"]
+    lens_logits: Float[Tensor, "query layer label"]
+
+
+def attention_views(
+    model: HookedTransformer,
+    episode: Episode,
+    updates: Mapping[str, ParameterUpdate],
+    runs: Mapping[str, Activations],
+) -> AttentionViews:
+    """Stream the queries and view attention over the demonstrations as a kernel smoother and as what updates imply.
+
+    Args:
+        model: The model.
+        episode: The demonstrations and queries.
+        updates: The updates made on them, by method.
+        runs: The queries zero-shot, under `"zsl"`, and under every update, by method, with `attn_out`.
+
+    Raises:
+        ValueError: As `capture`, where the model's heads cannot be told apart.
+    """
+    demonstrations = episode.demonstrations
+    zero_shot = capture_batches(model, episode.queries, keep=["head_out", *ATTENTION], batch_size=BATCH)
+    in_context = capture_batches(
+        model,
+        episode.queries,
+        context=demonstrations,
+        keep=["head_out", "demonstration_out", "demonstration_attention", "label_attention", "context_scores", "lens_logits"],
+        batch_size=BATCH,
+    )
+    values: Values = defaultdict(list)
+    order: list[Int[Tensor, "batch"]] = []
+    kept: dict[str, list[Tensor]] = defaultdict(list)
+    for number, ((rows, zsl), (_, icl)) in enumerate(zip(zero_shot, in_context, strict=True)):
+        order.append(rows)
+        for name in ("demonstration_attention", "label_attention", "lens_logits"):
+            kept[name].append(icl.kept[name])
+        for metric, value in _smoothing(icl, zsl):
+            values["icl", "none", metric].append(value)
+        for method, update in updates.items():
+            attribution = update.attribution(zsl)
+            actual = difference(runs[method].attn_out[rows], runs["zsl"].attn_out[rows], OUTPUT_ROUNDING)
+            for metric, value in _first_order(attribution, actual):
+                values[method, "none", metric].append(value)
+            readings = {
+                "contribution": implied_attention(attribution, demonstrations),
+                "coefficient": implied_attention(attribution, demonstrations, "coefficient"),
+                "proxy": proxy_attention(model, update, zsl, demonstrations),
+            }
+            seed = len(episode.queries) * episode.seed + number
+            for control, metric, value in _implied(icl_attention(icl, demonstrations), readings, demonstrations, seed):
+                values[method, control, metric].append(value)
+    back = torch.cat(order).argsort().to(model.cfg.device)
+    table: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for (method, control, metric), batches in values.items():
+        table[method, control] += metric_rows(metric, torch.cat(batches))
+    whole = {name: torch.cat(batches)[back] for name, batches in kept.items()}
+    return AttentionViews(rows=table, **whole)
+
+
+def _smoothing(icl: Activations, zsl: Activations) -> Iterator[tuple[str, Float[Tensor, "batch layer *head"]]]:
+    found = decompose(icl, zsl)
+    yield "demonstration_mass", found.mass
+    yield "attention_change", found.delta_norm
+    for name, term in (("smoothing", found.smoothing), ("drift", found.drift)):
+        yield f"{name}_norm", term.norm
+        yield f"{name}_cosine", term.cosine
+        yield f"{name}_share", term.share
+
+
+def _first_order(
+    attribution: Attribution, actual: Float[Tensor, "batch layer d_model"]
+) -> Iterator[tuple[str, Float[Tensor, "batch layer"]]]:
+    """How much of what an update does is a layer's own first-order change, and how much of that goes through keys."""
+    yield "first_order_cosine", cosine(attribution.change, actual)
+    through_keys = attribution.through_keys.sum(dim=(-2, -1))
+    length = attribution.change.norm(dim=-1)
+    yield "keys_share", through_keys / length.masked_fill(length == 0, torch.nan)
+
+
+def _implied(
+    icl: Float[Tensor, "batch layer head token"],
+    readings: Mapping[str, Float[Tensor, "batch layer head token"]],
+    demonstrations: Sequence[Demonstration],
+    seed: int,
+) -> Iterator[tuple[str, str, Float[Tensor, "batch layer head"]]]:
+    """Agreement of every reading of implied attention with in-context attention, beside the same with its weights dealt out
+    anew.
+    """
+    for reading, implied in readings.items():
+        for level in ("token", "demonstration"):
+            a, b = (each if level == "token" else by_demonstration(each, demonstrations) for each in (icl, implied))
+            for control, weights in (("none", b), ("random", shuffled_weights(b, seed))):
+                found = agreement(a, weights)
+                for statistic in STATISTICS:
+                    yield control, f"{reading}_{level}_{statistic}", getattr(found, statistic)

@@ -1,0 +1,273 @@
+"""The kernel views of the task, as rows: label regression, tangent kernels, and trajectories of functional gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import get_args
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from iclgd_lens.data.controls import shuffled_labels
+from iclgd_lens.data.episodes import Episode
+from iclgd_lens.experiments.measure import Row, metric_rows
+from iclgd_lens.kernels.alignment import centred_alignment
+from iclgd_lens.kernels.functional import align_trajectories, functional_gd
+from iclgd_lens.kernels.labels import (
+    HiddenKernel,
+    agreement,
+    choose_head,
+    hidden_kernel,
+    kernel_ridge,
+    label_kernel,
+    label_regression,
+    one_hot_labels,
+)
+from iclgd_lens.kernels.linearity import label_step, linearity, own_layer_change
+from iclgd_lens.kernels.tangent import TangentKernel
+from iclgd_lens.models.precision import wide
+from iclgd_lens.runs.capture import capture
+from iclgd_lens.updates.dual import ParameterUpdate, UpdateSettings
+
+RIDGE = 0.1
+"""The ridge of kernel ridge regression with an RBF kernel, which is 1 at distance zero."""
+
+SMALLER_RATES = {"": 1.0, "_tenth": 0.1, "_hundredth": 0.01}
+"""The parts of the learning rate at which the tangent kernel's prediction is checked, by the ending of the metric's name."""
+
+STEPS = 4
+"""How many steps of functional gradient descent, and epochs of GD and LCGD, layers are matched with."""
+
+MetricRows = Iterator[tuple[str, str, Row]]
+"""Rows with the method and control that they are about."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The labels of an episode, and how the demonstrations' are dealt out in the control.
+
+    Attributes:
+        demonstrations: `[demonstration]`: class indices.
+        queries: `[query]`: class indices.
+        count: How many classes there are.
+        shuffled: `[demonstration]`: class indices dealt out anew; None where all are alike.
+    """
+
+    demonstrations: Int[Tensor, "demonstration"]
+    queries: Int[Tensor, "query"]
+    count: int
+    shuffled: Int[Tensor, "demonstration"] | None
+
+    @classmethod
+    def of(cls, episode: Episode) -> Labels:
+        """Read the labels of an episode.
+
+        Raises:
+            ValueError: If a demonstration or a query has no class index.
+        """
+        demonstrations = _known("demonstration", [each.label for each in episode.demonstrations])
+        queries = _known("query", [each.label for each in episode.queries])
+        dealt = shuffled_labels(episode, episode.seed)
+        return cls(
+            demonstrations,
+            queries,
+            len(episode.label_words),
+            None if dealt is None else torch.tensor([each.label for each in dealt]),
+        )
+
+    @property
+    def controls(self) -> dict[str, Int[Tensor, "demonstration"]]:
+        """The demonstrations' labels under each control."""
+        return {"none": self.demonstrations} | ({} if self.shuffled is None else {"shuffled_labels": self.shuffled})
+
+
+def _known(kind: str, labels: Sequence[int | None]) -> Int[Tensor, "example"]:
+    if None in labels:
+        raise ValueError(f"{kind} {labels.index(None)} has no label index, which kernel regression of labels needs")
+    return torch.tensor(labels)
+
+
+def head_rows(
+    attention: Float[Tensor, "query layer head demonstration"],
+    labels: Labels,
+    targets: Mapping[str, Float[Tensor, "query label"]],
+    name: str,
+    seed: int,
+) -> MetricRows:
+    """Label regression with heads' attention as the kernel: the best head of every layer and of all, chosen on one half of the
+    queries and scored on the other, beside the mean over all heads and the same with shuffled labels.
+
+    Args:
+        attention: In-context attention to every demonstration.
+        labels: The episode's labels.
+        targets: By method, the label probabilities that are to be reconstructed.
+        name: What metrics are called by: `{name}_agreement` and `{name}_correlation`.
+        seed: Seeds the split of the queries.
+    """
+    kernel = rearrange(attention, "query layer head demonstration -> layer head query demonstration")
+    for control, dealt in labels.controls.items():
+        estimates = label_regression(kernel, dealt.to(kernel.device), labels.count)
+        for method, target in targets.items():
+            for layer in (None, *range(len(estimates))):
+                chosen = choose_head(estimates if layer is None else estimates[layer : layer + 1], target, seed)
+                for metric in ("agreement", "correlation"):
+                    row = metric_rows(f"{name}_{metric}", torch.tensor([getattr(chosen, metric)]))
+                    yield from ((method, control, each | {"layer": layer, "n": chosen.scored_on}) for each in row)
+            if control == "none":
+                by_head = rearrange(agreement(estimates, target), "layer head query -> query layer head")
+                yield from ((method, "random", row) for row in metric_rows(f"{name}_agreement", by_head))
+
+
+def hidden_rows(
+    queries: Float[Tensor, "query layer d_model"],
+    demonstrations: Float[Tensor, "demonstration layer d_model"],
+    labels: Labels,
+    targets: Mapping[str, Float[Tensor, "query label"]],
+) -> MetricRows:
+    """Label regression with kernels of hidden states, zero-shot, layer by layer: Nadaraya–Watson with each, and kernel ridge with
+    the RBF kernel.
+    """
+    points, asking = (rearrange(x, "example layer d_model -> layer example d_model") for x in (demonstrations, queries))
+    kernels = {kind: hidden_kernel(asking, points, kind) for kind in get_args(HiddenKernel)}
+    among = hidden_kernel(points, points, "rbf")
+    for control, dealt in labels.controls.items():
+        dealt = dealt.to(points.device)
+        estimates = {kind: label_regression(kernel, dealt, labels.count) for kind, kernel in kernels.items()}
+        onehot = one_hot_labels(dealt, labels.count)
+        pairs = zip(among, kernels["rbf"], strict=True)
+        estimates["ridge"] = torch.stack([kernel_ridge(between, to, onehot, RIDGE) for between, to in pairs])
+        for method, target in targets.items():
+            for kind, estimate in estimates.items():
+                found = rearrange(agreement(estimate, target), "layer query -> query layer")
+                yield from ((method, control, row) for row in metric_rows(f"hidden_{kind}_agreement", found))
+
+
+def tangent_rows(
+    model: HookedTransformer,
+    episode: Episode,
+    kernel: TangentKernel,
+    settings: UpdateSettings,
+    attempt: Callable[[Callable[[], ParameterUpdate]], ParameterUpdate | None],
+) -> MetricRows:
+    """How well the tangent kernel predicts what a layer-causal step on the labels does to label logits, at a rate and below it.
+
+    Args:
+        model: The model.
+        episode: The demonstrations and queries.
+        kernel: Their tangent kernel.
+        settings: The learning rate, schedule and parameters of the step; its loss is on the first tokens of labels.
+        attempt: Makes an update; None where it diverges, which then has no rows.
+    """
+    before = capture(model, episode.queries, keep=["lens_logits"]).lens_logits
+    for ending, part in SMALLER_RATES.items():
+        step = attempt(
+            partial(
+                label_step,
+                model,
+                episode.demonstrations,
+                episode.queries,
+                lr=settings.lr * part,
+                schedule=settings.schedule,
+                parameters=settings.parameters,
+            )
+        )
+        if step is None:
+            continue
+        after = capture(model, episode.queries, update=step, keep=["lens_logits"]).lens_logits
+        changes = {
+            "tangent": own_layer_change(model, step, episode.queries),
+            "tangent_all_layers": rearrange(after - before, "query layer label -> layer query label"),
+        }
+        for name, actual in changes.items():
+            found = linearity(kernel.prediction(step.settings.lr), actual.to(kernel.to_queries))
+            for metric in ("error", "cosine"):
+                rows = metric_rows(f"{name}_{metric}{ending}", getattr(found, metric)[None])
+                yield from (("lcgd", "none", row | {"n": len(episode.queries)}) for row in rows)
+
+
+def alignment_rows(
+    kernel: TangentKernel, attention: Float[Tensor, "query layer head demonstration"], labels: Labels, seed: int
+) -> MetricRows:
+    """Centred alignment of the tangent kernel, the attention kernel (mean over heads) and the label kernel, layer by layer."""
+    kernels = {
+        "tangent": kernel.per_label,
+        "attention": rearrange(attention.mean(dim=2), "query layer demonstration -> layer query demonstration"),
+        "label": label_kernel(labels.queries, labels.demonstrations).to(kernel.per_label)[None],
+    }
+    order = torch.randperm(len(labels.demonstrations), generator=torch.Generator().manual_seed(seed)).to(attention.device)
+    for a, b in (("tangent", "attention"), ("tangent", "label"), ("attention", "label")):
+        for control, other in (("none", kernels[b]), ("random", kernels[b][..., order])):
+            yield from (("icl", control, row) for row in metric_rows(f"cka_{a}_{b}", centred_alignment(kernels[a], other)[None]))
+
+
+def trajectory_rows(
+    kernel: TangentKernel,
+    queries: Float[Tensor, "query layer d_model"],
+    demonstrations: Float[Tensor, "demonstration layer d_model"],
+    lens_logits: Float[Tensor, "query layer label"],
+    labels: Labels,
+) -> MetricRows:
+    """How well the layers of the in-context run go with iterates of functional gradient descent, by kernels of the last layer."""
+    layers = rearrange(wide(lens_logits), "query layer label -> layer query label").softmax(dim=-1)
+    between, to = (hidden_kernel(x[:, -1], demonstrations[:, -1], "rbf") for x in (demonstrations, queries))
+    for control, dealt in labels.controls.items():
+        targets = one_hot_labels(dealt, labels.count).to(between)
+        iterates = functional_gd(between, to, targets, lr=_stable_rate(between), steps=STEPS)
+        yield from _trajectory("trajectory_hidden", "icl", control, layers, iterates.softmax(dim=-1))
+        iterates = functional_gd(
+            kernel.between[-1],
+            kernel.to_queries[-1],
+            targets,
+            lr=_stable_rate(rearrange(kernel.between[-1], "a b c d -> (a c) (b d)")),
+            steps=STEPS,
+            start_points=kernel.demonstration_logits[-1],
+            start_queries=kernel.query_logits[-1],
+        )
+        yield from _trajectory("trajectory_tangent", "icl", control, layers, iterates.softmax(dim=-1))
+
+
+def _stable_rate(kernel: Float[Tensor, "point point"]) -> float:
+    """A learning rate for the cross-entropy, half of the largest stable one: its Hessian by the function is at most ½."""
+    return 2 / float(torch.linalg.eigvalsh(kernel.double())[-1])
+
+
+def epoch_rows(
+    model: HookedTransformer,
+    episode: Episode,
+    update: ParameterUpdate,
+    lens_logits: Float[Tensor, "query layer label"],
+    zero_shot: Float[Tensor, "query label"],
+) -> MetricRows:
+    """How well the layers of the in-context run go with the epochs of an update made in several.
+
+    Args:
+        model: The model.
+        episode: Its queries.
+        update: An update of `STEPS` epochs.
+        lens_logits: In-context logit-lens logits.
+        zero_shot: The last layer's label logits without an update, which the trajectory starts from.
+    """
+    iterates = [zero_shot]
+    for epochs in range(1, update.settings.epochs + 1):
+        after = capture(model, episode.queries, update=update.first_epochs(epochs), keep=["lens_logits"])
+        iterates.append(after.lens_logits[:, -1])
+    layers = rearrange(wide(lens_logits), "query layer label -> layer query label").softmax(dim=-1)
+    yield from _trajectory("trajectory_epochs", update.settings.method, "none", layers, wide(torch.stack(iterates)).softmax(dim=-1))
+
+
+def _trajectory(
+    name: str,
+    method: str,
+    control: str,
+    layers: Float[Tensor, "layer query label"],
+    iterates: Float[Tensor, "iterate query label"],
+) -> MetricRows:
+    found = align_trajectories(layers, iterates)
+    score, match = torch.tensor([found.score]), found.match.double()[None]
+    for metric, values in ((f"{name}_score", score), (f"{name}_match", match)):
+        yield from ((method, control, row | {"n": layers.shape[1]}) for row in metric_rows(metric, values))

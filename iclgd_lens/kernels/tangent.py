@@ -1,0 +1,248 @@
+"""The tangent kernel of a layer's label logits, and what functional gradient descent with it predicts.
+
+Let `f(p)` be the logits of the label words' first tokens that the logit lens reads after block ℓ at the last token of a prompt p,
+as a function of that layer's key and value projections θ. To first order, a gradient step on θ is functional gradient descent with
+the kernel (Jacot et al. 2018, section 4; here of one layer, with its inputs held)
+
+    Θ(p, p')[c, c'] = ∂f_c(p)/∂θ · ∂f_c'(p')/∂θ
+
+so a layer-causal step on the labels of demonstrations d, with cross-entropy restricted to the label words, changes a query's logits
+by
+
+    f(q) − lr Σ_d Θ(q, d) (p_d − y_d)
+
+with `p_d` the softmax of `f(d)` and `y_d` the one-hot label (Deutch et al. 2024, section 3.2, "projected to the label space"). A
+demonstration stands here for its prompt without the label, whose last token predicts it.
+
+A gradient of a linear map is a sum over tokens of inputs ⊗ errors, and the inner product of two such sums needs neither of them
+formed:
+
+    Θ(p, p')[c, c'] = Σᵢⱼ ⟨xᵢ, xⱼ⟩ ⟨gᵢ[c], gⱼ[c']⟩,    gᵢ[c] = ∂f_c(p)/∂(key or value at token i)
+
+with `⟨xᵢ, xⱼ⟩ + 1` where biases are trained too, summed over keys and values. So kernels are made of inputs and errors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from iclgd_lens.data.episodes import require_known_tokens
+from iclgd_lens.data.prompts import Demonstration, Query
+from iclgd_lens.models.precision import wide, wide_dtype
+from iclgd_lens.models.readout import read_out
+from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.runs.capture import batches_by_length
+from iclgd_lens.runs.prefix import Prefix
+from iclgd_lens.updates.backward import Recorder, loss_gradients
+from iclgd_lens.updates.dual import ALL_PARAMETERS, require_parameters
+from iclgd_lens.updates.inject import Parameter
+
+LARGEST = 2**25
+"""How many numbers a temporary may hold; queries are taken a few at a time to keep to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class TangentKernel:
+    """The tangent kernels of every layer's label logits.
+
+    Attributes:
+        between: `[layer demonstration demonstration label label]`: Θ among demonstrations.
+        to_queries: `[layer query demonstration label label]`: Θ of queries with demonstrations.
+        demonstration_logits: `[layer demonstration label]`: f of the demonstrations, each a prompt of its own without its label.
+        query_logits: `[layer query label]`: f of the queries, zero-shot.
+        targets: `[demonstration label]`: the demonstrations' labels, one-hot.
+    """
+
+    between: Float[Tensor, "layer demonstration other label label2"]
+    to_queries: Float[Tensor, "layer query demonstration label label2"]
+    demonstration_logits: Float[Tensor, "layer demonstration label"]
+    query_logits: Float[Tensor, "layer query label"]
+    targets: Float[Tensor, "demonstration label"]
+
+    @property
+    def residuals(self) -> Float[Tensor, "layer demonstration label"]:
+        """p − y of every demonstration: the gradient of its cross-entropy by its logits."""
+        return self.demonstration_logits.softmax(dim=-1) - self.targets
+
+    def prediction(self, lr: float) -> Float[Tensor, "layer query label"]:
+        """The change of the queries' logits that one layer-causal step makes to first order: `−lr Σ_d Θ(q, d) (p_d − y_d)`."""
+        return -lr * einsum(
+            self.to_queries, self.residuals, "layer query demonstration a b, layer demonstration b -> layer query a"
+        )
+
+    @property
+    def per_label(self) -> Float[Tensor, "layer query demonstration"]:
+        """The kernel of queries with demonstrations as one number: Θ's mean over labels, `Σ_c Θ[c, c] / C`."""
+        return self.to_queries.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+
+
+def tangent_kernel(
+    model: HookedTransformer,
+    demonstrations: Sequence[Demonstration],
+    queries: Sequence[Query],
+    *,
+    parameters: Sequence[Parameter] = ALL_PARAMETERS,
+    batch_size: int = 32,
+) -> TangentKernel:
+    """Compute every layer's tangent kernel of the label logits, from inputs and gradients at keys and values.
+
+    No ΔW and no Jacobian over parameters is formed. Queries stream through the model batch by batch, and layer by layer within it.
+    Held are, of the demonstrations, `layer × demonstration × pos × (d_model + label × 2 kv_head × d_head)` numbers, of the queries
+    one batch at one layer, and the kernels returned.
+
+    Args:
+        model: The model; hooks that are on it act.
+        demonstrations: Demonstrations with known labels.
+        queries: Queries with label words.
+        parameters: Which of a layer's `W_K`, `b_K`, `W_V`, `b_V` are trained.
+        batch_size: How many prompts run at once.
+
+    Raises:
+        ValueError: If there are no demonstrations, one has no label index, two label words share their first token, or a parameter
+            is unknown.
+    """
+    sites, firsts = HookSites.of(model), first_label_tokens(queries)
+    targets = torch.nn.functional.one_hot(_label_indices(demonstrations, len(firsts)), len(firsts))
+    require_known_tokens([*demonstrations, *queries], model.cfg.d_vocab)
+    trained = require_parameters(parameters)
+    reader = _Reader(sites, firsts.to(model.cfg.device), trained, batch_size)
+
+    n, shape = len(demonstrations), (len(firsts), len(firsts))
+    empty = torch.zeros(0, dtype=wide_dtype(model.cfg.dtype), device=model.cfg.device)
+    between = empty.new_zeros(sites.n_layers, n, n, *shape)
+    to_queries = empty.new_zeros(sites.n_layers, len(queries), n, *shape)
+    demonstration_logits = empty.new_zeros(sites.n_layers, n, len(firsts))
+    query_logits = empty.new_zeros(sites.n_layers, len(queries), len(firsts))
+    held: list[list[tuple[Int[Tensor, "batch"], LabelGradients]]] = [[] for _ in range(sites.n_layers)]
+
+    def hold(layer: int, rows: Int[Tensor, "batch"], found: LabelGradients) -> None:
+        held[layer].append((rows, found))
+        demonstration_logits[layer, rows] = found.logits
+
+    def meet(layer: int, rows: Int[Tensor, "batch"], found: LabelGradients) -> None:
+        query_logits[layer, rows] = found.logits
+        for others, other in held[layer]:
+            to_queries[layer, rows[:, None], others] = theta(found, other, trained)
+
+    reader.visit([demonstration.tokens[: -demonstration.n_label_tokens] for demonstration in demonstrations], hold)
+    for layer, batches in enumerate(held):
+        for rows, found in batches:
+            for others, other in batches:
+                between[layer, rows[:, None], others] = theta(found, other, trained)
+    reader.visit([query.tokens for query in queries], meet)
+    return TangentKernel(between, to_queries, demonstration_logits, query_logits, targets.to(between))
+
+
+@dataclass(frozen=True, eq=False)
+class LabelGradients:
+    """Label logits of prompts at one layer, and what they say about its projections.
+
+    Attributes:
+        logits: `[prompt label]`.
+        inputs: `[prompt pos d_model]`: xᵢ, what the projections multiply.
+        gradients: By kind of projection, `"K"` or `"V"`, where it is trained: `[prompt label pos width]`, gᵢ at its output.
+    """
+
+    logits: Float[Tensor, "prompt label"]
+    inputs: Float[Tensor, "prompt pos d_model"]
+    gradients: dict[str, Float[Tensor, "prompt label pos width"]]
+
+
+def theta(a: LabelGradients, b: LabelGradients, trained: Sequence[Parameter]) -> Float[Tensor, "prompt other label label2"]:
+    """Θ of two lots of prompts at one layer: `Σᵢⱼ (⟨xᵢ, xⱼ⟩ + 1) ⟨gᵢ[c], gⱼ[c']⟩` over keys and values."""
+    parts = []
+    for kind, others in b.gradients.items():
+        # The tokens of b are summed first: that leaves one axis of labels, not two, in the largest temporary.
+        n_others, n_labels, _, width = others.shape
+        chunk = max(1, LARGEST // (a.inputs.shape[1] * n_others * n_labels * width))
+        rows = []
+        for inputs, mine in zip(a.inputs.split(chunk), a.gradients[kind].split(chunk), strict=True):
+            products = einsum(inputs, b.inputs, "prompt i d_model, other j d_model -> prompt i other j")
+            kernel = products * float(f"W_{kind}" in trained) + float(f"b_{kind}" in trained)
+            mixed = einsum(kernel, others, "prompt i other j, other label j width -> prompt i other label width")
+            rows.append(einsum(mine, mixed, "prompt a i width, prompt i other b width -> prompt other a b"))
+        parts.append(torch.cat(rows))
+    return torch.stack(parts).sum(dim=0)
+
+
+class _Reader:
+    """Runs prompts and takes the gradients of their label logits, layer by layer."""
+
+    def __init__(self, sites: HookSites, firsts: Int[Tensor, "label"], trained: tuple[Parameter, ...], batch_size: int) -> None:
+        self.sites, self.firsts, self.trained, self.batch_size = sites, firsts, trained, batch_size
+
+    def visit(
+        self,
+        prompts: Sequence[Int[Tensor, "pos"]],
+        each: Callable[[int, Int[Tensor, "batch"], LabelGradients], None],
+    ) -> None:
+        """Call a function with every layer of every batch; what it does not keep is dropped before the next layer runs."""
+        lengths = [len(prompt) for prompt in prompts]
+        whole = Prefix.empty(self.sites.model)
+        with torch.inference_mode(False), torch.enable_grad():
+            for rows in batches_by_length(lengths, self.batch_size, self.sites.exchangeable_padding):
+                hooks: list[NamedHook] = []
+                recorder = Recorder(self.sites, self.trained)
+                for layer in range(self.sites.n_layers):
+                    hooks.append((self.sites.residual_in[layer], lambda residual, hook: residual.detach()))
+                    hooks += recorder.hooks(layer, cut=True)
+                    hooks.append((self.sites.residual_out[layer], self._take(layer, rows, recorder, each)))
+                whole.continue_with([prompts[row] for row in rows.tolist()], hooks)
+
+    def _take(
+        self,
+        layer: int,
+        rows: Int[Tensor, "batch"],
+        recorder: Recorder,
+        each: Callable[[int, Int[Tensor, "batch"], LabelGradients], None],
+    ) -> Callable[..., Tensor]:
+        def take(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+            logits = wide(read_out(self.sites.model, residual[:, -1], self.firsts))
+            by_label = [loss_gradients(logit.sum(), recorder.outputs(), again=True) for logit in logits.unbind(dim=-1)]
+            recorder.forget_outputs()
+            kinds = [kind for kind in ("K", "V") if {f"W_{kind}", f"b_{kind}"} & set(self.trained)]
+            gradients = {
+                kind: rearrange(wide(torch.stack(found)), "label prompt pos kv_head d_head -> prompt label pos (kv_head d_head)")
+                for kind, found in zip(kinds, zip(*by_label, strict=True), strict=True)
+            }
+            with torch.no_grad():
+                each(layer, rows, LabelGradients(logits.detach(), wide(recorder.inputs.pop(layer)), gradients))
+            return residual.detach()
+
+        return take
+
+
+def first_label_tokens(queries: Sequence[Query]) -> Int[Tensor, "label"]:
+    """The first token of every label word of the queries.
+
+    Raises:
+        ValueError: If there are no queries or label words, or two words share their first token.
+    """
+    if not queries or not queries[0].label_tokens:
+        raise ValueError("the tangent kernel is one of label logits, so it needs queries with label words")
+    firsts = torch.stack([tokens[0] for tokens in queries[0].label_tokens])
+    if len(firsts.unique()) < len(firsts):
+        raise ValueError(
+            f"two label words share their first token (first tokens: {firsts.tolist()}), so their logits are the same; the tangent "
+            "kernel needs label words that differ in it"
+        )
+    return firsts
+
+
+def _label_indices(demonstrations: Sequence[Demonstration], n_labels: int) -> Int[Tensor, "demonstration"]:
+    labels = []
+    for number, demonstration in enumerate(demonstrations):
+        if demonstration.label is None or not 0 <= demonstration.label < n_labels:
+            raise ValueError(f"demonstration {number} has the label index {demonstration.label}; need one of 0 to {n_labels - 1}")
+        labels.append(demonstration.label)
+    if not labels:
+        raise ValueError("no demonstrations: a kernel needs at least one point")
+    return torch.tensor(labels)
