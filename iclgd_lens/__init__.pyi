@@ -1,6 +1,6 @@
 from .data.bundled import bundled_task
 from .data.episodes import Episode
-from .data.prompts import Demonstration, PromptFormat, Query
+from .data.prompts import ContextLayout, Demonstration, PromptFormat, Query
 from .data.registry import load_task, register_task, task_names
 from .data.tasks import Task
 from .experiments.claims import claims
@@ -10,52 +10,113 @@ from .experiments.learning_rate import similarity_by_rate
 from .experiments.protocol import Protocol
 from .experiments.reproduce import reproduce
 from .experiments.results import paired_difference, summarise
+from .kernels.alignment import centred_alignment
+from .kernels.constructed import (
+    GaussianSmoother,
+    PositiveControl,
+    gaussian_smoother,
+    linear_attention,
+    positive_control,
+    regression_episode,
+    regression_model,
+    regression_step,
+)
+from .kernels.functional import Alignment, align_trajectories, functional_gd
+from .kernels.implied import Agreement, agreement, by_demonstration, icl_attention, implied_attention, proxy_attention
+from .kernels.labels import ChosenHead, choose_head, hidden_kernel, kernel_ridge, label_kernel, label_regression, median_bandwidth
+from .kernels.linearity import Linearity, label_step, linearity, own_layer_change
+from .kernels.smoother import Decomposition, decompose, nadaraya_watson
+from .kernels.tangent import TangentKernel, tangent_kernel
 from .metrics.agreement import accuracy, correct, js_divergence, rec2ftp, same_prediction
 from .metrics.controls import random_update
+from .metrics.ranking import kendall_tau, shuffled_weights, spearman_rho, top_k_recall
 from .metrics.similarity import alpha, sim_am, sim_am_delta, sim_aou, sim_aou_norm
 from .models.loading import load_model
 from .models.untrained import untrained_twin
 from .runs.activations import Activations
-from .runs.capture import capture
+from .runs.capture import ATTENTION, capture, capture_batches
+from .updates.attribution import Attribution
 from .updates.dual import ParameterUpdate
 from .updates.gradient import gd, lcgd
 from .updates.random_weights import random_weights
 
 __all__ = [
+    "ATTENTION",
     "Activations",
+    "Agreement",
+    "Alignment",
+    "Attribution",
+    "ChosenHead",
     "Comparison",
+    "ContextLayout",
+    "Decomposition",
     "Demonstration",
     "Episode",
+    "GaussianSmoother",
+    "Linearity",
     "ParameterUpdate",
+    "PositiveControl",
     "PromptFormat",
     "Protocol",
     "Query",
+    "TangentKernel",
     "Task",
     "accuracy",
+    "agreement",
+    "align_trajectories",
     "alpha",
     "bundled_task",
+    "by_demonstration",
     "capture",
+    "capture_batches",
+    "centred_alignment",
+    "choose_head",
     "claims",
     "compare",
     "correct",
+    "decompose",
+    "functional_gd",
+    "gaussian_smoother",
     "gd",
+    "hidden_kernel",
+    "icl_attention",
+    "implied_attention",
     "js_divergence",
+    "kendall_tau",
+    "kernel_ridge",
+    "label_kernel",
+    "label_regression",
+    "label_step",
     "lcgd",
+    "linear_attention",
+    "linearity",
     "load_model",
     "load_task",
+    "median_bandwidth",
+    "nadaraya_watson",
+    "own_layer_change",
     "paired_difference",
+    "positive_control",
+    "proxy_attention",
     "random_update",
     "random_weights",
     "rec2ftp",
     "register_task",
+    "regression_episode",
+    "regression_model",
+    "regression_step",
     "reproduce",
     "same_prediction",
+    "shuffled_weights",
     "sim_am",
     "sim_am_delta",
     "sim_aou",
     "sim_aou_norm",
     "similarity_by_rate",
+    "spearman_rho",
     "summarise",
+    "tangent_kernel",
     "task_names",
+    "top_k_recall",
     "untrained_twin",
 ]

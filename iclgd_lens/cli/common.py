@@ -19,6 +19,12 @@ errors = Console(stderr=True)
 
 MOST_SEED = 2**31 - 1
 
+Model = Annotated[str, typer.Option(help="'bundled', the folder of a Hugging Face model, or any name that TransformerLens knows.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder of local data, as TASK/SPLIT.csv, .jsonl or .parquet; else the hub.", envvar="ICLGD_DATA"),
+]
+DType = Annotated[Literal["float32", "float64", "bfloat16", "float16"], typer.Option(help="The dtype of the weights.")]
 Device = Annotated[str | None, typer.Option(help="A torch device, such as cpu or cuda. By default CUDA where there is one.")]
 LossOn = Annotated[
     Literal["demonstration", "label"], typer.Option(help="Take the loss on the whole demonstration or on its label alone.")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from iclgd_lens.cli.common import (
     MOST_SEED,
+    Data,
     Device,
+    DType,
     LossOn,
+    Model,
     Readout,
     console,
     errors_for_people,
@@ -24,13 +27,9 @@ from iclgd_lens.cli.common import (
 if TYPE_CHECKING:
     from iclgd_lens.experiments.reproduce import Results
 
-DTYPES = Literal["float32", "float64", "bfloat16", "float16"]
-
 
 def reproduce(
-    model: Annotated[
-        str, typer.Option(help="'bundled', the folder of a Hugging Face model, or any name that TransformerLens knows.")
-    ] = "bundled",
+    model: Model = "bundled",
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -38,10 +37,7 @@ def reproduce(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results; a run that was stopped goes on there.")] = Path("iclgd-reproduce"),
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of local data, as TASK/SPLIT.csv, .jsonl or .parquet; else the hub.", envvar="ICLGD_DATA"),
-    ] = None,
+    data: Data = None,
     lr: Annotated[
         str | None,
         typer.Option(
@@ -78,7 +74,7 @@ def reproduce(
     ] = None,
     tuning_queries: Annotated[int, typer.Option(min=1, help="Queries of each held-out draw, at most.")] = 64,
     device: Device = None,
-    dtype: Annotated[DTYPES, typer.Option(help="The dtype of the weights.")] = "float32",
+    dtype: DType = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Queries that run at once.")] = 32,
     process_weights: Annotated[
         bool, typer.Option("--process-weights", help="Fold and centre the weights, which changes what gradient steps do.")

@@ -99,28 +99,42 @@ def head_rows(
     name: str,
     seed: int,
 ) -> MetricRows:
-    """Label regression with heads' attention as the kernel: the best head of every layer and of all, chosen on one half of the
-    queries and scored on the other, beside the mean over all heads and the same with shuffled labels.
+    """Label regression with heads' attention as the kernel: the best head of all (`{name}_head_…`) and of every layer
+    (`{name}_layer_…`), chosen on one half of the queries and scored on the other, beside the same with shuffled labels and, under
+    the control `"random"`, the mean over heads.
 
     Args:
         attention: In-context attention to every demonstration.
         labels: The episode's labels.
         targets: By method, the label probabilities that are to be reconstructed.
-        name: What metrics are called by: `{name}_agreement` and `{name}_correlation`.
+        name: What metrics are called by.
         seed: Seeds the split of the queries.
     """
     kernel = rearrange(attention, "query layer head demonstration -> layer head query demonstration")
     for control, dealt in labels.controls.items():
         estimates = label_regression(kernel, dealt.to(kernel.device), labels.count)
         for method, target in targets.items():
-            for layer in (None, *range(len(estimates))):
-                chosen = choose_head(estimates if layer is None else estimates[layer : layer + 1], target, seed)
-                for metric in ("agreement", "correlation"):
-                    row = metric_rows(f"{name}_{metric}", torch.tensor([getattr(chosen, metric)]))
-                    yield from ((method, control, each | {"layer": layer, "n": chosen.scored_on}) for each in row)
+            best = choose_head(estimates, target, seed)
+            by_layer = [choose_head(layer[None], target, seed) for layer in estimates]
+            for metric in ("agreement", "correlation"):
+                whole = torch.tensor([getattr(best, metric)])
+                each = torch.tensor([[getattr(chosen, metric) for chosen in by_layer]])
+                for label, values in ((f"{name}_head_{metric}", whole), (f"{name}_layer_{metric}", each)):
+                    yield from ((method, control, row | {"n": best.scored_on}) for row in metric_rows(label, values))
             if control == "none":
-                by_head = rearrange(agreement(estimates, target), "layer head query -> query layer head")
-                yield from ((method, "random", row) for row in metric_rows(f"{name}_agreement", by_head))
+                found = rearrange(agreement(estimates, target), "layer head query -> query layer head")
+                for label, values in (
+                    (f"{name}_head_agreement", found.flatten(1).nanmean(dim=1)),
+                    (f"{name}_layer_agreement", found),
+                ):
+                    yield from ((method, "random", row) for row in metric_rows(label, values))
+
+
+def majority_rows(targets: Mapping[str, Float[Tensor, "query label"]]) -> MetricRows:
+    """What always giving the commonest label scores: the share of queries that a run, or the gold labels, give it."""
+    for method, target in targets.items():
+        share = one_hot_labels(target.argmax(dim=-1), target.shape[-1]).mean(dim=0).max()
+        yield from ((method, "none", row | {"n": len(target)}) for row in metric_rows("majority_agreement", share[None]))
 
 
 def hidden_rows(

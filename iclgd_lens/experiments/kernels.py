@@ -19,6 +19,7 @@ from iclgd_lens.experiments.kernel_regression import (
     epoch_rows,
     head_rows,
     hidden_rows,
+    majority_rows,
     tangent_rows,
     trajectory_rows,
 )
@@ -96,6 +97,7 @@ def kernel_rows(
     zsl = capture(model, episode.queries, keep=["residual", "lens_logits"])
     for name, weights in (("attention", attention.demonstration_attention), ("label_attention", attention.label_attention)):
         yield from _grouped(head_rows(weights, labels, targets, name, episode.seed))
+    yield from _grouped(majority_rows(targets))
     yield from _grouped(hidden_rows(zsl.residual, points.residual, labels, targets))
     tick()
 

@@ -27,8 +27,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import ContextLayout, Demonstration
-from iclgd_lens.metrics.ranking import kendall_tau, spearman_rho, top_k_recall
-from iclgd_lens.metrics.similarity import cosine
+from iclgd_lens.metrics.ranking import kendall_tau, spearman_rho, top_k_recall, weight_cosine
 from iclgd_lens.models.precision import wide
 from iclgd_lens.models.sites import HookSites
 from iclgd_lens.runs.activations import Activations
@@ -70,7 +69,7 @@ def agreement(icl: Float[Tensor, "*batch token"], implied: Float[Tensor, "*batch
     """
     k = max(1, round(icl.shape[-1] / 6)) if top_k is None else top_k
     return Agreement(
-        kendall_tau(icl, implied), spearman_rho(icl, implied), cosine(wide(icl), wide(implied)), top_k_recall(icl, implied, k)
+        kendall_tau(icl, implied), spearman_rho(icl, implied), weight_cosine(icl, implied), top_k_recall(icl, implied, k)
     )
 
 

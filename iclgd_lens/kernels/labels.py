@@ -35,7 +35,7 @@ def one_hot_labels(labels: Int[Tensor, "demonstration"], n_labels: int) -> Float
     """
     if bool(((labels < 0) | (labels >= n_labels)).any()):
         raise ValueError(f"labels must be class indices from 0 to {n_labels - 1}; got {labels.tolist()}")
-    return torch.nn.functional.one_hot(labels, n_labels).float()
+    return torch.nn.functional.one_hot(labels.long(), n_labels).float()
 
 
 def label_regression(
@@ -67,7 +67,8 @@ def label_kernel(
     """
     for name, labels in (("queries", queries), ("demonstrations", demonstrations)):
         if bool((labels < 0).any()):
-            raise ValueError(f"labels of {name} must be known; number {int((labels < 0).nonzero()[0, 0])} is {int(labels.min())}")
+            unknown = int((labels < 0).nonzero()[0, 0])
+            raise ValueError(f"labels of {name} must be known; number {unknown} is {int(labels[unknown])}")
     return (queries[:, None] == demonstrations[None]).float()
 
 
@@ -84,6 +85,9 @@ def hidden_kernel(
         points: Those of the demonstrations.
         kind: Which kernel. The linear and the cosine kernel may be negative.
         bandwidth: Of the RBF kernel; by default `median_bandwidth(points)`.
+
+    Returns:
+        The kernel, in float32 or better; the cosine is NaN where a state is zero.
 
     Raises:
         ValueError: If `kind` is unknown, the bandwidth is not above 0 or belongs to another kernel, or an entry is not finite.
@@ -104,7 +108,8 @@ def hidden_kernel(
     if not bool(((width > 0) & width.isfinite()).all()):
         found = f"bandwidth={bandwidth!r}" if bandwidth is not None else "the median distance between the points is 0"
         raise ValueError(f"the bandwidth must be a finite number above 0; {found}")
-    return torch.exp(-_distances(queries, points).square() / (2 * width.square()[..., None, None]))
+    # Scaled before it is squared: the square of a small bandwidth is 0 in float32.
+    return torch.exp(-(_distances(queries, points) / width[..., None, None]).square() / 2)
 
 
 def median_bandwidth(points: Float[Tensor, "*batch point d_model"]) -> Float[Tensor, "*batch"]:
@@ -187,6 +192,7 @@ class ChosenHead:
         agreement: The share of the other half's queries for which it gives the target's label; NaN where it gives none.
         correlation: Pearson correlation of its estimates with the target's probabilities there, over queries and labels; NaN where
             one is constant.
+        chosen_on: How many queries it was chosen on.
         scored_on: How many queries the other half has.
     """
 
@@ -194,6 +200,7 @@ class ChosenHead:
     head: int
     agreement: float
     correlation: float
+    chosen_on: int
     scored_on: int
 
 
@@ -216,6 +223,8 @@ def choose_head(
     n = len(target)
     if n < 4:
         raise ValueError(f"choosing a head on one half of the queries and scoring it on the other needs at least 4, got {n}")
+    if estimates.ndim != 4:
+        raise ValueError(f"estimates must have the shape [layer, head, query, label]; got {list(estimates.shape)}")
     agreed = agreement(estimates, target)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(target.device)
     choosing, scoring = order[: n // 2], order[n // 2 :]
@@ -223,7 +232,12 @@ def choose_head(
     layer, head = divmod(int(score.flatten().argmax()), estimates.shape[1])
     chosen = estimates[layer, head, scoring]
     return ChosenHead(
-        layer, head, float(agreed[layer, head, scoring].nanmean()), float(_correlation(chosen, target[scoring])), len(scoring)
+        layer,
+        head,
+        agreement=float(agreed[layer, head, scoring].nanmean()),
+        correlation=float(_correlation(chosen, target[scoring])),
+        chosen_on=len(choosing),
+        scored_on=len(scoring),
     )
 
 

@@ -11,6 +11,8 @@ correlation and by the recall of the heaviest tokens; Spearman's is added.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -30,9 +32,10 @@ def kendall_tau(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token
         ValueError: If the two are not of the same tokens, or of fewer than two.
     """
     rows_a, rows_b = _rows(a, b)
-    # The p-value that scipy finds beside it is not used; asymptotic, it costs least.
+    # The p-value that scipy finds beside it is not used; asymptotic, it costs least, but for two tokens it divides by zero.
+    method: Literal["asymptotic", "exact"] = "asymptotic" if rows_a.shape[-1] > 2 else "exact"
     pairs = zip(_flat(rows_a), _flat(rows_b), strict=True)
-    found = [float(stats.kendalltau(x, y, method="asymptotic").statistic) for x, y in pairs]
+    found = [float(stats.kendalltau(x, y, method=method).statistic) for x, y in pairs]
     return torch.tensor(found, dtype=rows_a.dtype, device=rows_a.device).view(rows_a.shape[:-1])
 
 
@@ -47,6 +50,18 @@ def spearman_rho(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch toke
     rows = _rows(a, b)
     ranks = [torch.from_numpy(stats.rankdata(_flat(x), axis=-1, nan_policy="propagate")).view(x.shape) for x in rows]
     return cosine(*(x - x.mean(dim=-1, keepdim=True) for x in ranks)).to(rows[0])
+
+
+def weight_cosine(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"]) -> Float[Tensor, "*batch"]:
+    """The cosine of two weightings, in float32 or better; leading axes broadcast. Weights that are not negative have a high one for
+    free.
+
+    NaN where a side is zero or has an entry that is not finite.
+
+    Raises:
+        ValueError: As `kendall_tau`.
+    """
+    return cosine(*_rows(a, b))
 
 
 def top_k_recall(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"], k: int) -> Float[Tensor, "*batch"]:
@@ -70,7 +85,12 @@ def shuffled_weights(weights: Float[Tensor, "*batch token"], seed: int = 0) -> F
     Args:
         weights: The weights.
         seed: Seeds the dealing; drawn on the CPU, so a seed means the same on every device.
+
+    Raises:
+        ValueError: If there are fewer than two tokens.
     """
+    if weights.shape[-1] < 2:
+        raise ValueError(f"need two tokens or more to deal weights out among; got {weights.shape[-1]}")
     order = torch.rand(weights.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=-1)
     return weights.gather(-1, order.to(weights.device))
 

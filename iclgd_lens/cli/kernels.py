@@ -1,0 +1,128 @@
+"""The command `iclgd kernels`: attention, gradient steps and kernel regression as one kind of object, on a model and a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from iclgd_lens.cli.common import (
+    MOST_SEED,
+    Data,
+    Device,
+    DType,
+    LossOn,
+    Model,
+    Readout,
+    console,
+    errors_for_people,
+    listed,
+    parse_k,
+    progress_bar,
+    require_writable,
+)
+
+
+def kernels(
+    model: Model = "bundled",
+    task: Annotated[str, typer.Option(help="A task by name.")] = "bundled/remapped",
+    k: Annotated[str, typer.Option(help="Demonstrations per episode, or 'fit': up to 32, as many as fit the context.")] = "12",
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes, each with demonstrations and an untrained twin of its own.")] = 5,
+    queries: Annotated[int, typer.Option(min=4, help="Queries per episode, at most.")] = 32,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of GD and LCGD. By default the paper's for its tasks, and 0.3 for the bundled ones."),
+    ] = None,
+    twins: Annotated[bool, typer.Option(help="Run untrained twins, too.")] = True,
+    loss_on: LossOn = "demonstration",
+    readout: Readout = "vocab",
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="The first episode's seed, and its twin's; the next ones follow.")
+    ] = 0,
+    data: Data = None,
+    device: Device = None,
+    dtype: DType = "float32",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("iclgd-kernels"),
+) -> None:
+    """View ICL, GD and LCGD as kernel methods: smoothing, implied attention, label regression, tangent kernels, functional GD."""
+    with errors_for_people():
+        count = parse_k(k)
+        results = out / "results.parquet"
+        require_writable(results)
+        with console.status("loading torch and TransformerLens"):
+            import pandas as pd
+            import torch
+
+            from iclgd_lens.data.registry import load_task
+            from iclgd_lens.experiments.compare import compare, n_runs
+            from iclgd_lens.experiments.results import write_frame
+            from iclgd_lens.kernels.constructed import positive_control
+            from iclgd_lens.models.loading import load_model
+            from iclgd_lens.models.untrained import untrained_twin
+            from iclgd_lens.views.kernel_tables import kernel_tables, kernel_verdict
+        rate = _rate(lr, task)
+        drawn = load_task(task, data)
+        if model == "bundled":
+            # So small that threads cost more than they bring.
+            torch.set_num_threads(1)
+        with console.status(Text(f"loading the model {model}")):
+            loaded = load_model(model, device=device, dtype=getattr(torch, dtype))
+        frames, problems = [], []
+        with progress_bar() as progress:
+            runs = n_runs(("gd", "lcgd"), (), untrained=twins, kernels=True)
+            bar = progress.add_task("running ZSL, ICL, GD, LCGD and their kernel views", total=episodes * runs)
+            for number in range(episodes):
+                found = compare(
+                    loaded,
+                    drawn.episode(loaded, k=count, n_queries=queries, seed=seed + number),
+                    lr=rate,
+                    untrained=untrained_twin(loaded, seed=seed + number) if twins else None,
+                    controls=(),
+                    loss_on=loss_on,
+                    readout=readout,
+                    kernels=True,
+                    if_diverged="record",
+                    on_run=lambda: progress.advance(bar),
+                )
+                frames.append(found.frame)
+                problems.append(found.problems)
+            known = positive_control(seed)
+        frame, diverged = (pd.concat(parts, ignore_index=True) for parts in (frames, problems))
+        write_frame(frame, results)
+    console.print(
+        f"{task}, {episodes} episodes of {listed(frame['k'])} demonstrations and {listed(frame['n_queries'])} queries, "
+        f"lr {rate:g}, loss on the {loss_on}, readout over {readout}, model {model}.",
+        markup=False,
+    )
+    for sheet in kernel_tables(frame):
+        sheet.write(out / "tables")
+        console.print(sheet.rich())
+    console.print(
+        f"Known answer: where a layer is built to do a step of gradient descent, similarity reads {known.same:.3f}, and against "
+        f"a step on another problem {known.unrelated:+.3f}.",
+        markup=False,
+    )
+    console.print(
+        f"Tidy results, {len(frame)} rows: {results}; tables as Markdown, LaTeX and CSV: {out / 'tables'}",
+        soft_wrap=True,
+        markup=False,
+    )
+    if len(diverged):
+        first = diverged["problem"].iloc[0]
+        console.print(f"Updates that diverged: {len(diverged)}. The first: {first}", soft_wrap=True, markup=False)
+    console.print(kernel_verdict(frame), markup=False)
+
+
+def _rate(given: float | None, task: str) -> float:
+    from iclgd_lens.data.registry import BUNDLED_TASKS
+    from iclgd_lens.experiments.paper import PAPER
+
+    if given is not None:
+        return given
+    if task in PAPER:
+        return PAPER[task].lr
+    if task in BUNDLED_TASKS:
+        return 0.3
+    raise ValueError(f"there is no default learning rate for the task {task!r}; give one with --lr")
