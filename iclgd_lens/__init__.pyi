@@ -23,7 +23,16 @@ from .kernels.constructed import (
 )
 from .kernels.functional import Alignment, align_trajectories, functional_gd
 from .kernels.implied import Agreement, agreement, by_demonstration, icl_attention, implied_attention, proxy_attention
-from .kernels.labels import ChosenHead, choose_head, hidden_kernel, kernel_ridge, label_kernel, label_regression, median_bandwidth
+from .kernels.labels import (
+    ChosenHead,
+    choose_head,
+    hidden_kernel,
+    kernel_ridge,
+    label_agreement,
+    label_kernel,
+    label_regression,
+    median_bandwidth,
+)
 from .kernels.linearity import Linearity, label_step, linearity, own_layer_change
 from .kernels.smoother import Decomposition, decompose, nadaraya_watson
 from .kernels.tangent import TangentKernel, tangent_kernel
@@ -84,6 +93,7 @@ __all__ = [
     "js_divergence",
     "kendall_tau",
     "kernel_ridge",
+    "label_agreement",
     "label_kernel",
     "label_regression",
     "label_step",

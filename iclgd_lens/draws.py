@@ -18,6 +18,14 @@ def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
     return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
 
 
+def reordered(rng: random.Random, items: Sequence[T]) -> list[T]:
+    """Return the items in a random order that is not the one they are in; they must not all be alike."""
+    order = shuffled(rng, items)
+    while order == list(items):
+        order = shuffled(rng, items)
+    return order
+
+
 def pick(rng: random.Random, items: Sequence[T]) -> T:
     """Return one item, each as likely as another."""
     return items[int(rng.random() * len(items))]

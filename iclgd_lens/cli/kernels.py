@@ -62,8 +62,8 @@ def kernels(
             from iclgd_lens.models.loading import load_model
             from iclgd_lens.models.untrained import untrained_twin
             from iclgd_lens.views.kernel_tables import kernel_tables, kernel_verdict
-        rate = _rate(lr, task)
         drawn = load_task(task, data)
+        rate = _rate(lr, task)
         if model == "bundled":
             # So small that threads cost more than they bring.
             torch.set_num_threads(1)

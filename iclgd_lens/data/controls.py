@@ -12,7 +12,7 @@ import torch
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
-from iclgd_lens.draws import shuffled
+from iclgd_lens.draws import reordered
 
 
 def shuffled_labels(episode: Episode, seed: int = 0) -> tuple[Demonstration, ...] | None:
@@ -35,10 +35,7 @@ def shuffled_labels(episode: Episode, seed: int = 0) -> tuple[Demonstration, ...
         labels.append(demonstration.label)
     if len(set(labels)) < 2:
         return None
-    rng = random.Random(f"shuffled labels/{seed}")
-    dealt = shuffled(rng, labels)
-    while dealt == labels:
-        dealt = shuffled(rng, labels)
+    dealt = reordered(random.Random(f"shuffled labels/{seed}"), labels)
 
     def relabelled(demonstration: Demonstration, label: int) -> Demonstration:
         word = episode.label_tokens[label]
@@ -56,8 +53,5 @@ def permuted(episode: Episode, seed: int = 0) -> tuple[Demonstration, ...] | Non
     """
     if episode.k < 2:
         return None
-    rng = random.Random(f"permuted/{seed}")
-    order = shuffled(rng, range(episode.k))
-    while order == sorted(order):
-        order = shuffled(rng, range(episode.k))
+    order = reordered(random.Random(f"permuted/{seed}"), range(episode.k))
     return tuple(episode.demonstrations[index] for index in order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +16,16 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.controls import shuffled_labels
 from iclgd_lens.data.episodes import Episode
+from iclgd_lens.draws import reordered
 from iclgd_lens.experiments.measure import Row, metric_rows
 from iclgd_lens.kernels.alignment import centred_alignment
 from iclgd_lens.kernels.functional import align_trajectories, functional_gd
 from iclgd_lens.kernels.labels import (
     HiddenKernel,
-    agreement,
     choose_head,
     hidden_kernel,
     kernel_ridge,
+    label_agreement,
     label_kernel,
     label_regression,
     one_hot_labels,
@@ -122,7 +124,7 @@ def head_rows(
                 for label, values in ((f"{name}_head_{metric}", whole), (f"{name}_layer_{metric}", each)):
                     yield from ((method, control, row | {"n": best.scored_on}) for row in metric_rows(label, values))
             if control == "none":
-                found = rearrange(agreement(estimates, target), "layer head query -> query layer head")
+                found = rearrange(label_agreement(estimates, target), "layer head query -> query layer head")
                 for label, values in (
                     (f"{name}_head_agreement", found.flatten(1).nanmean(dim=1)),
                     (f"{name}_layer_agreement", found),
@@ -157,7 +159,7 @@ def hidden_rows(
         estimates["ridge"] = torch.stack([kernel_ridge(between, to, onehot, RIDGE) for between, to in pairs])
         for method, target in targets.items():
             for kind, estimate in estimates.items():
-                found = rearrange(agreement(estimate, target), "layer query -> query layer")
+                found = rearrange(label_agreement(estimate, target), "layer query -> query layer")
                 yield from ((method, control, row) for row in metric_rows(f"hidden_{kind}_agreement", found))
 
 
@@ -213,7 +215,7 @@ def alignment_rows(
         "attention": rearrange(attention.mean(dim=2), "query layer demonstration -> layer query demonstration"),
         "label": label_kernel(labels.queries, labels.demonstrations).to(kernel.per_label)[None],
     }
-    order = torch.randperm(len(labels.demonstrations), generator=torch.Generator().manual_seed(seed)).to(attention.device)
+    order = reordered(random.Random(f"alignment/{seed}"), range(len(labels.demonstrations)))
     for a, b in (("tangent", "attention"), ("tangent", "label"), ("attention", "label")):
         for control, other in (("none", kernels[b]), ("random", kernels[b][..., order])):
             yield from (("icl", control, row) for row in metric_rows(f"cka_{a}_{b}", centred_alignment(kernels[a], other)[None]))

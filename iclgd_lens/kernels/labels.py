@@ -122,7 +122,9 @@ def median_bandwidth(points: Float[Tensor, "*batch point d_model"]) -> Float[Ten
     if n < 2:
         raise ValueError(f"the median distance between points needs two of them, got {n}; give a bandwidth")
     above = torch.ones(n, n, dtype=torch.bool, device=points.device).triu(1)
-    return _distances(wide(points), wide(points))[..., above].quantile(0.5, dim=-1)
+    ordered = _distances(wide(points), wide(points))[..., above].sort(dim=-1).values
+    count = ordered.shape[-1]
+    return (ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2
 
 
 def _distances(
@@ -160,7 +162,7 @@ def kernel_ridge(
     return torch.from_numpy(solver.fit(known, y).predict(asked)).to(wide(to_points))
 
 
-def agreement(
+def label_agreement(
     estimates: Float[Tensor, "*batch query label"], target: Float[Tensor, "query label"]
 ) -> Float[Tensor, "*batch query"]:
     """Say for each query whether the label of the highest estimate is that of the highest target: 1 or 0.
@@ -225,7 +227,7 @@ def choose_head(
         raise ValueError(f"choosing a head on one half of the queries and scoring it on the other needs at least 4, got {n}")
     if estimates.ndim != 4:
         raise ValueError(f"estimates must have the shape [layer, head, query, label]; got {list(estimates.shape)}")
-    agreed = agreement(estimates, target)
+    agreed = label_agreement(estimates, target)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(target.device)
     choosing, scoring = order[: n // 2], order[n // 2 :]
     score = _correlation(estimates[:, :, choosing], target[choosing]).nan_to_num(nan=-2.0)

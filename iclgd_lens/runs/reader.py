@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, reduce, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -29,8 +29,9 @@ SUMS: tuple[Kept, ...] = (
 )
 """What is kept in at least float32; the rest is kept in the model's dtype."""
 
-SOFTMAX_TOLERANCE = 0.01
-"""How far attention may be from the softmax of its scores by rounding, in half precision too."""
+GRADIENT_TOLERANCE, HALF_GRADIENT_TOLERANCE = 1e-3, 0.1
+"""How far gradients may be from what attribution takes them to be, relative to the sizes that go into them: by rounding in float32
+or better, and in half precision."""
 
 
 class Reader:
@@ -99,7 +100,7 @@ class Reader:
         if "label_log_probs" in self.kept:
             hooks.append((self.sites.residual_out[-1], lambda residual, hook: final.append(residual[:, -1].detach())))
         gradients: AbstractContextManager[Any] = torch.enable_grad() if "score_gradients" in self.kept else nullcontext()
-        with gradients:
+        with gradients, self.sites.attach(batch.leaves()):
             self.prefix.continue_with(bodies, hooks)
         if final:
             self.kept["label_log_probs"][rows] = self._score_labels(bodies, final[0])
@@ -139,9 +140,24 @@ class _Batch:
     def __init__(self, reader: Reader, rows: Int[Tensor, "batch"], width: int) -> None:
         self.reader, self.rows, self.width = reader, rows, width
         self.sites, self.prefix, self.kept = reader.sites, reader.prefix, reader.kept
+        # What gradients are taken of, layer by layer, and dropped with the layer.
+        self.seen: list[dict[str, Tensor]] = [{} for _ in range(self.sites.n_layers)]
         mask = reader.query_mask[rows]
         # A prompt's own tokens: its BOS stands just before the first token of the query.
         self.own_mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)[:, -width:]
+
+    def leaves(self) -> list[NamedHook]:
+        """The hooks that make leaves of keys and values, as the projections put them out: before any other hook."""
+        if "score_gradients" not in self.kept:
+            return []
+        return [
+            hook
+            for layer, seen in enumerate(self.seen)
+            for hook in (
+                (self.sites.keys[layer], self._leaf("keys", seen)),
+                (self.sites.values[layer], self._leaf("values", seen)),
+            )
+        ]
 
     def hooks(self, layer: int) -> list[NamedHook]:
         """The hooks for what is wanted of one layer."""
@@ -160,10 +176,11 @@ class _Batch:
         at(sites.projection_in[layer], self._inputs, "own_inputs")
         at(sites.values[layer], self._values, "own_values")
         if "score_gradients" in wants:
-            seen: dict[str, Tensor] = {}
-            hooks.append((sites.keys[layer], self._leaf(seen)))
+            seen = self.seen[layer]
             hooks.append((sites.scores[layer], self._score_gradients(seen, layer)))
-            hooks.append((sites.pattern[layer], _require_softmax(seen, layer)))
+            hooks.append((sites.values[layer], lambda values, hook: seen.update(attended=values.detach())))
+            hooks.append((sites.pattern[layer], lambda pattern, hook: seen.update(pattern=pattern[:, :, -1].detach())))
+            hooks.append((sites.head_out[layer], self._check_heads(seen, layer)))
         at(sites.scores[layer], self._scores, "query_scores", "context_scores")
         at(sites.pattern[layer], self._pattern, "own_pattern", "demonstration_attention", "label_attention", "demonstration_out")
         at(sites.residual_out[layer], self._lens, "lens_logits")
@@ -208,40 +225,62 @@ class _Batch:
         mask = self.own_mask.view(*self.own_mask.shape, *[1] * (own.ndim - 2))
         self.kept[name][self.rows, layer, -self.width :] = own.masked_fill(~mask, 0.0).to(self.kept[name])
 
-    def _leaf(self, seen: dict[str, Tensor]) -> Callable[..., Tensor]:
+    def _leaf(self, kind: Literal["keys", "values"], seen: dict[str, Tensor]) -> Callable[..., Tensor]:
         def cut(projected: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> Tensor:
-            seen["keys"] = projected.detach().requires_grad_()
-            return seen["keys"]
+            seen[kind] = projected.detach().requires_grad_()
+            return seen[kind]
 
         return cut
 
-    def _score_gradients(self, seen: dict[str, Tensor], layer: int) -> Callable[..., Tensor]:
-        def take(scores: Float[Tensor, "batch head query_pos key_pos"], hook: Any) -> Tensor:
-            keys, last = seen.pop("keys"), scores[:, :, -1]
-            seen["softmax"] = wide(last.detach()).softmax(dim=-1)
-            # A key's gradient is a sum over the heads that share it, so each head of a group has a pass of its own.
+    def _score_gradients(self, seen: dict[str, Tensor], layer: int) -> Callable[..., None]:
+        def take(scores: Float[Tensor, "batch head query_pos key_pos"], hook: Any) -> None:
+            keys, last = seen["keys"], scores[:, :, -1]
             finite = last.masked_fill(last.isinf(), 0.0)
+            # A key's gradient is a sum over the heads that share it, so each head of a group has a pass of its own.
             groups = rearrange(finite, "batch (kv_head group) pos -> group batch kv_head pos", kv_head=keys.shape[2])
             found = [torch.autograd.grad(group.sum(), keys, retain_graph=True)[0] for group in groups]
-            gradients = rearrange(torch.stack(found), "group batch pos kv_head d_head -> batch pos (kv_head group) d_head")
-            self._keep_own("score_gradients", layer, gradients)
-            return scores.detach()
+            seen["gradients"] = rearrange(torch.stack(found), "group batch pos kv_head d_head -> batch pos (kv_head group) d_head")
+            self._keep_own("score_gradients", layer, seen["gradients"])
 
         return take
+
+    def _check_heads(self, seen: dict[str, Tensor], layer: int) -> Callable[..., Tensor]:
+        """Check on the graph itself that a head's output z is `Σⱼ A(q, j) vⱼ` with A the softmax of its scores, as attribution has
+        it: in a random direction r, its gradients by values and keys must be `A(q, j) r` and `A(q, j) ⟨r, vⱼ − z⟩ ∂s(q, j)/∂kⱼ`.
+        """
+
+        def check(out: Float[Tensor, "batch pos head d_head"], hook: Any) -> Tensor:
+            heads, kv_heads = out.shape[2], seen["keys"].shape[2]
+            last, gradients, pattern = wide(out[:, -1].detach()), wide(seen["gradients"]), wide(seen["pattern"])
+            values = repeat(
+                wide(seen["attended"]), "batch pos kv_head d_head -> batch pos (kv_head group) d_head", group=heads // kv_heads
+            )
+            direction = torch.randn(last.shape[1:], generator=torch.Generator().manual_seed(layer)).to(last)
+            along = einsum(values - last[:, None], direction, "batch pos head d_head, head d_head -> batch pos head")
+            weights = rearrange(pattern, "batch head pos -> batch pos head 1")
+            expected = (weights * direction, weights * along[..., None] * gradients)
+            # Of what size rounding may be: keys' gradients are differences, and may cancel.
+            spread = (values.norm(dim=-1) + last.norm(dim=-1)[:, None])[..., None] * direction.norm(dim=-1)[:, None]
+            scales = (weights * direction, weights * spread * gradients)
+            leaves = [seen["values"], seen["keys"]]
+            found = tuple(map(torch.zeros_like, leaves))
+            if out.requires_grad:
+                component = (out[:, -1] * direction.to(out)).sum()
+                found = torch.autograd.grad(component, leaves, allow_unused=True, materialize_grads=True)
+            tolerance = GRADIENT_TOLERANCE if out.dtype == last.dtype else HALF_GRADIENT_TOLERANCE
+            for real, wanted, scale in zip(found, expected, scales, strict=True):
+                summed = reduce(wanted, "batch pos (kv_head group) d_head -> batch pos kv_head d_head", "sum", kv_head=kv_heads)
+                if not bool((wide(real) - summed).norm() <= tolerance * scale.norm()):
+                    raise ValueError(
+                        f"attention in layer {layer} is not the softmax of its scores times what the value projection puts out: a "
+                        "hook edits something between them. Attribution cannot follow it; take the hook "
+                        "off, or capture without score_gradients"
+                    )
+            seen.clear()
+            return out.detach()
+
+        return check
 
     def _lens(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> None:
         first = torch.stack([tokens[0] for tokens in self.reader.label_tokens])
         self.kept["lens_logits"][self.rows, layer] = read_out(self.sites.model, residual[:, -1].detach(), first)
-
-
-def _require_softmax(seen: dict[str, Tensor], layer: int) -> Callable[..., None]:
-    def check(pattern: Float[Tensor, "batch head query_pos key_pos"], hook: Any) -> None:
-        last, expected = wide(pattern[:, :, -1].detach()), seen.pop("softmax")
-        # An attention sink takes a share of every row and leaves its proportions.
-        if not torch.allclose(last, expected * last.sum(dim=-1, keepdim=True), atol=SOFTMAX_TOLERANCE):
-            raise ValueError(
-                f"attention in layer {layer} is not the softmax of its scores; a hook edits it. score_gradients are for the "
-                "first-order change through the softmax: take the hook off, or capture the rest without score_gradients"
-            )
-
-    return check

@@ -65,8 +65,11 @@ class Attribution:
 
 def attribute(update: ParameterUpdate, zsl: Activations, along: Float[Tensor, "query layer d_model"] | None = None) -> Attribution:
     """Attribute an update's first-order effect to the tokens that it was trained on; see `ParameterUpdate.attribution`."""
-    if along is not None and along.shape != (expected := (len(zsl.labels), len(zsl.W_O), zsl.W_O[0].shape[-1])):
-        raise ValueError(f"along must have the shape [query, layer, d_model] = {list(expected)}, got {list(along.shape)}")
+    if along is not None:
+        if along.shape != (expected := (len(zsl.labels), len(zsl.W_O), zsl.W_O[0].shape[-1])):
+            raise ValueError(f"along must have the shape [query, layer, d_model] = {list(expected)}, got {list(along.shape)}")
+        if not bool(along.isfinite().all()):
+            raise ValueError(f"along has {int((~along.isfinite()).sum())} of {along.numel()} entries that are not finite")
     layers = []
     for layer, output in enumerate(zsl.W_O):
         output = wide(output)
@@ -75,7 +78,7 @@ def attribute(update: ParameterUpdate, zsl: Activations, along: Float[Tensor, "q
         for rows, coefficients, values, keys in contributions(update, zsl, layer):
             whole = values + keys
             change = einsum(whole, output, "query head token d_head, head d_head d_model -> query d_model")
-            direction = change if along is None else wide(along[rows, layer])
+            direction = change if along is None else along[rows, layer].to(output)
             direction = direction / direction.norm(dim=-1, keepdim=True).masked_fill(~direction.any(dim=-1, keepdim=True), 1.0)
             # ⟨c W_O, d⟩ = ⟨c, W_O d⟩, and ‖c W_O‖² = c W_O W_Oᵀ cᵀ: contributions are never carried to d_model one by one.
             towards = einsum(output, direction, "head d_head d_model, query d_model -> query head d_head")

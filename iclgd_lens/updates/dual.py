@@ -197,8 +197,8 @@ class ParameterUpdate:
                 contributions sum to its length.
 
         Raises:
-            ValueError: If the activations are of another model, `along` does not fit them, or the update was not made on
-                demonstrations (`random_weights`).
+            ValueError: If the activations are of another model, `along` does not fit them or is not finite, or the update was not
+                made on demonstrations (`random_weights`).
             AttributeError: If the activations lack what is needed.
         """
         return attribute(self, activations, along)

@@ -154,7 +154,7 @@ class _Tables:
 
     def alignment(self) -> Sheet:
         rows = {(name,): self._controlled("icl", metric, ("random",)) for metric, name in ALIGNMENT_NAMES.items()}
-        note = "Centred alignment between queries and demonstrations. Random: demonstrations of one kernel permuted."
+        note = "Centred alignment between queries and demonstrations. Random: the demonstrations of one kernel permuted."
         return self._flat("alignment", "Kernel alignment (CKA), averaged over layers", rows, ("kernels",), "+.3f", note)
 
     def trajectories(self) -> Sheet:
@@ -236,7 +236,7 @@ def kernel_verdict(frame: pd.DataFrame) -> str:
     }
 
     def number(source: Source) -> str:
-        return f"{means[source]:.2f}".replace("-", "−") if source in means else "–"
+        return f"{means[source]:.2f}".replace("-", "−") if pd.notna(means.get(source)) else "undefined"
 
     def beside(method: str, metric: str, controls: Sequence[str]) -> str:
         others = [f"{control.replace('_', ' ')} {number(Source(method, metric, control))}" for control in controls]

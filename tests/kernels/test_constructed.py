@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from sklearn.metrics.pairwise import rbf_kernel
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -21,6 +22,7 @@ from iclgd_lens.kernels.constructed import (
     regression_model,
     regression_step,
 )
+from iclgd_lens.kernels.labels import label_regression
 from tests.models_zoo import make_model
 from tests.reference import full_prompt
 
@@ -177,7 +179,6 @@ def attention_to_demonstrations(made: GaussianSmoother) -> Tensor:
 
 
 def test_the_closed_form_is_the_gaussian_kernel_s_estimate(smoother: GaussianSmoother):
-    rbf_kernel = pytest.importorskip("sklearn.metrics.pairwise").rbf_kernel
     kernel = rbf_kernel(smoother.query_inputs.numpy(), smoother.inputs.numpy(), gamma=1 / (2 * smoother.bandwidth**2))
     expected = kernel @ np.eye(smoother.n_labels)[smoother.labels.numpy()] / kernel.sum(axis=1, keepdims=True)
     assert smoother.closed_form.dtype == torch.float64
@@ -205,7 +206,6 @@ def test_the_head_s_output_is_the_estimate_times_the_mass_on_the_demonstrations(
 def test_label_regression_over_captured_attention_recovers_the_closed_form(smoother: GaussianSmoother):
     run = capture(smoother.model, smoother.queries, context=smoother.demonstrations, keep=["demonstration_attention"])
     kernel = rearrange(run.demonstration_attention, "query layer head demonstration -> layer head query demonstration")
-    label_regression = pytest.importorskip("iclgd_lens.kernels.labels").label_regression
     found = label_regression(kernel, smoother.labels, smoother.n_labels)
     torch.testing.assert_close(found[0, 0].double(), smoother.closed_form, atol=1e-5, rtol=0)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.spatial.distance import jensenshannon
+from sklearn.kernel_ridge import KernelRidge
 from torch import Tensor
 
 from iclgd_lens.kernels.functional import Alignment, align_trajectories, functional_gd
@@ -41,7 +42,6 @@ def matrix_valued(seed: int = 1) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("started", [False, True])
 def test_squared_loss_converges_to_kernel_ridge_regression_without_a_penalty(started: bool):
-    kernel_ridge = pytest.importorskip("sklearn.kernel_ridge")
     between, to, targets = problem()
     starts = {"start_points": random(POINTS, LABELS), "start_queries": random(QUERIES, LABELS, seed=6)} if started else {}
     eigenvalues = torch.linalg.eigvalsh(between)
@@ -51,7 +51,7 @@ def test_squared_loss_converges_to_kernel_ridge_regression_without_a_penalty(sta
     found = functional_gd(between, to, targets, lr=lr, steps=steps, loss="squared", **starts)[-1]
     # A start that gradient descent does not see is left as it is: the kernel explains what the start leaves over.
     left_over = targets - starts.get("start_points", torch.zeros(POINTS, LABELS))
-    ridge = kernel_ridge.KernelRidge(alpha=1e-8, kernel="precomputed").fit(between.numpy(), left_over.numpy())
+    ridge = KernelRidge(alpha=1e-8, kernel="precomputed").fit(between.numpy(), left_over.numpy())
     expected = ridge.predict(to.numpy()) + starts.get("start_queries", torch.zeros(QUERIES, LABELS)).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-6)
 

@@ -1,0 +1,217 @@
+"""The kernel views of a comparison: what they print equals what the views give by hand, and every one has its control."""
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from transformer_lens import HookedTransformer
+
+from iclgd_lens import (
+    ATTENTION,
+    Query,
+    accuracy,
+    agreement,
+    by_demonstration,
+    capture,
+    choose_head,
+    compare,
+    decompose,
+    icl_attention,
+    implied_attention,
+    label_regression,
+    label_step,
+    lcgd,
+    linearity,
+    load_task,
+    own_layer_change,
+    summarise,
+    tangent_kernel,
+)
+from iclgd_lens.data.episodes import Episode
+from iclgd_lens.experiments.compare import n_runs
+from iclgd_lens.metrics.agreement import label_distribution
+from tests.models_zoo import make_demonstrations, make_model, make_queries
+
+LR = 0.1
+
+
+@pytest.fixture(scope="module")
+def runs(bundled, twin, episode) -> pd.DataFrame:
+    return compare(bundled, episode, lr=LR, untrained=twin, controls=(), kernels=True)
+
+
+@pytest.fixture(scope="module")
+def frame(runs) -> pd.DataFrame:
+    return runs.frame
+
+
+def value(frame: pd.DataFrame, metric: str, method: str, layer: int | None, model: str = "trained", control: str = "none") -> float:
+    keys = ["metric", "method", "model", "control"]
+    rows = frame.set_index(keys).sort_index().loc[[(metric, method, model, control)]]
+    rows = rows[rows["layer"].isna() if layer is None else rows["layer"] == layer]
+    assert len(rows) == 1, (metric, method, layer, len(rows))
+    return float(rows["value"].iloc[0])
+
+
+def test_smoothing_and_implied_attention_are_the_means_of_their_functions(bundled, episode, frame):
+    zsl = capture(bundled, episode.queries, keep=["attn_out", "head_out", *ATTENTION])
+    keep = ["head_out", "demonstration_out", "demonstration_attention", "context_scores"]
+    icl = capture(bundled, episode.queries, context=episode.demonstrations, keep=keep)
+    parts = decompose(icl, zsl)
+    attribution = lcgd(bundled, episode.demonstrations, lr=LR).attribution(zsl)
+    weights = implied_attention(attribution, episode.demonstrations)
+    by_token = agreement(icl_attention(icl, episode.demonstrations), weights)
+    whole = [by_demonstration(x, episode.demonstrations) for x in (icl_attention(icl, episode.demonstrations), weights)]
+    for layer in range(bundled.cfg.n_layers):
+        expected = {
+            ("demonstration_mass", "icl"): parts.mass[:, layer],
+            ("smoothing_share", "icl"): parts.smoothing.share[:, layer],
+            ("drift_cosine", "icl"): parts.drift.cosine[:, layer],
+            ("contribution_token_kendall", "lcgd"): by_token.kendall[:, layer],
+            ("contribution_token_top_k_recall", "lcgd"): by_token.top_k_recall[:, layer],
+            ("contribution_demonstration_spearman", "lcgd"): agreement(*whole).spearman[:, layer],
+        }
+        for (metric, method), values in expected.items():
+            assert value(frame, metric, method, layer) == pytest.approx(float(values.double().mean()), abs=2e-5), metric
+
+
+def test_label_regression_by_heads_is_scored_on_the_half_that_did_not_choose(bundled, episode, frame):
+    icl = capture(bundled, episode.queries, context=episode.demonstrations, keep=["demonstration_attention", "label_log_probs"])
+    labels = torch.tensor([demonstration.label for demonstration in episode.demonstrations])
+    estimates = label_regression(icl.demonstration_attention.permute(1, 2, 0, 3), labels, len(episode.label_words))
+    chosen = choose_head(estimates, label_distribution(icl), seed=episode.seed)
+    assert value(frame, "attention_head_agreement", "icl", None) == pytest.approx(chosen.agreement)
+    assert value(frame, "attention_head_correlation", "icl", None) == pytest.approx(chosen.correlation, abs=1e-5)
+    rows = frame[(frame["metric"] == "attention_head_agreement") & (frame["control"] == "none")]
+    assert set(rows["n"]) == {len(episode.queries) - len(episode.queries) // 2}
+    assert set(rows["method"]) == {"icl", "gd", "lcgd", "gold"}
+    layer = choose_head(estimates[2:3], label_distribution(icl), seed=episode.seed)
+    assert value(frame, "attention_layer_agreement", "icl", 2) == pytest.approx(layer.agreement)
+
+
+def test_the_commonest_label_scores_what_predictions_give_it(bundled, episode, frame):
+    icl = capture(bundled, episode.queries, context=episode.demonstrations, keep=["label_log_probs"])
+    counts = icl.predictions.bincount()
+    assert value(frame, "majority_agreement", "icl", None) == pytest.approx(int(counts.max()) / len(episode.queries))
+
+
+def test_tangent_errors_are_those_of_a_step_on_the_labels_and_shrink_with_the_rate(bundled, episode, frame):
+    kernel = tangent_kernel(bundled, episode.demonstrations, episode.queries)
+    step = label_step(bundled, episode.demonstrations, episode.queries, lr=LR / 100, schedule="online")
+    found = linearity(kernel.prediction(LR / 100), own_layer_change(bundled, step, episode.queries))
+    for layer in range(bundled.cfg.n_layers):
+        assert value(frame, "tangent_error_hundredth", "lcgd", layer) == pytest.approx(float(found.error[layer]), rel=1e-3)
+        assert value(frame, "tangent_error_hundredth", "lcgd", layer) < value(frame, "tangent_error_tenth", "lcgd", layer)
+
+
+def test_every_view_has_a_control_or_a_twin_beside_it(frame):
+    trained, untrained = (frame[frame["model"] == model] for model in ("trained", "untrained"))
+    assert set(trained["metric"]) == set(untrained["metric"])
+    controls = trained.groupby("metric")["control"].agg(set)
+    for metric, found in controls.items():
+        if "kendall" in metric or "recall" in metric or metric.startswith("cka_"):
+            assert "random" in found, metric
+        if metric.startswith("hidden_") or metric in ("attention_head_agreement", "trajectory_hidden_score"):
+            assert "shuffled_labels" in found, metric
+
+
+def test_random_controls_read_nothing(frame):
+    rows = frame[(frame["control"] == "random") & frame["metric"].str.endswith(("_kendall", "_spearman"))]
+    assert len(rows) > 50
+    assert rows["value"].abs().mean() < 0.05
+
+
+def test_rows_are_told_apart_by_their_columns(frame):
+    assert not frame.duplicated(["model", "method", "control", "subset", "layer", "metric"]).any()
+    assert len(summarise(frame, by=["model", "method", "control", "metric", "layer"]))
+
+
+def test_without_kernels_no_row_is_added_and_with_them_none_is_changed(bundled, episode, frame):
+    plain = compare(bundled, episode, lr=LR, controls=()).frame
+    keys = ["method", "control", "subset", "layer", "metric"]
+    joined = plain.merge(frame[frame["model"] == "trained"], on=keys, suffixes=("", " with"))
+    assert len(joined) == len(plain) < len(frame) / 2
+    torch.testing.assert_close(torch.tensor(joined["value"]), torch.tensor(joined["value with"]), equal_nan=True)
+    assert not any("kendall" in metric for metric in plain["metric"].unique())
+
+
+def test_progress_is_reported_as_often_as_announced(bundled, episode):
+    ticks = []
+    compare(bundled, replace(episode, queries=episode.queries[:4]), lr=LR, kernels=True, on_run=lambda: ticks.append(1))
+    assert len(ticks) == n_runs(("gd", "lcgd"), kernels=True)
+
+
+def test_updates_that_diverge_are_recorded_and_the_rest_is_viewed(bundled, episode):
+    small = replace(episode, queries=episode.queries[:4])
+    found = compare(bundled, small, lr={"gd": LR, "lcgd": 1e30}, kernels=True, if_diverged="record")
+    assert set(found.problems["method"]) == {"lcgd"}
+    assert "contribution_token_kendall" in set(found.frame[found.frame["method"] == "gd"]["metric"])
+    assert not found.frame["metric"].str.startswith("tangent_error").any()
+    assert found.frame["metric"].str.startswith("cka_").any()
+
+
+def test_the_model_is_left_as_it_was(bundled, episode):
+    before = [parameter.clone() for parameter in bundled.parameters()]
+    compare(bundled, replace(episode, queries=episode.queries[:4]), lr=LR, kernels=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, bundled.parameters(), strict=True))
+    assert not any(hook.fwd_hooks or hook.bwd_hooks for hook in bundled.hook_dict.values())
+    assert all(parameter.grad is None for parameter in bundled.parameters())
+
+
+@pytest.mark.parametrize("shape", ["rotary_rms_grouped_gated", "norms_before_and_after", "local", "attention_sinks"])
+def test_other_architectures_are_viewed_too(shape):
+    model, demonstrations = make_model(shape), tuple(make_demonstrations(4))
+    queries = tuple(make_queries((4, 2, 6, 3, 5)))
+    words = ("a", "b", "c")
+    episode = Episode("zoo", 0, demonstrations, queries, words, queries[0].label_tokens)
+    frame = compare(model, episode, lr=0.05, kernels=True, controls=()).frame
+    mass = frame[frame["metric"] == "demonstration_mass"]["value"]
+    assert len(mass) == model.cfg.n_layers
+    assert mass.between(0, 1).all()
+    shares = frame[frame["metric"].isin(["smoothing_share", "drift_share"])].groupby("layer")["value"].sum()
+    assert shares.to_numpy() == pytest.approx(1, abs=1e-4)
+
+
+def _altered(episode: Episode, case: str) -> Episode:
+    queries, demonstrations = episode.queries, episode.demonstrations
+    if case == "too few queries":
+        return replace(episode, queries=queries[:3])
+    if case == "one demonstration":
+        return replace(episode, demonstrations=demonstrations[:1])
+    if case == "unlabelled query":
+        return replace(episode, queries=(*queries[:4], replace(queries[4], label=None)))
+    shared = tuple(torch.cat([queries[0].label_tokens[0], tail]) for tail in queries[0].label_tokens)
+    return replace(episode, queries=tuple(Query(query.tokens, shared, query.label) for query in queries))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("too few queries", "at least 4 queries"),
+        ("one demonstration", "at least two demonstrations"),
+        ("unlabelled query", "query 4 has no label index"),
+        ("shared first token", "share their first token"),
+    ],
+)
+def test_what_cannot_be_viewed_is_refused_before_anything_runs(bundled: HookedTransformer, episode, case, message):
+    ticks = []
+    with pytest.raises(ValueError, match=message):
+        compare(bundled, _altered(episode, case), lr=LR, kernels=True, on_run=lambda: ticks.append(1))
+    assert not ticks
+
+
+def test_heads_that_cannot_be_told_apart_are_refused_by_name():
+    queries = tuple(make_queries())
+    episode = Episode("zoo", 0, tuple(make_demonstrations(3)), queries, ("a", "b", "c"), queries[0].label_tokens)
+    with pytest.raises(ValueError, match="Olmo2ForCausalLM normalises the keys of all heads together"):
+        compare(make_model("post_norm"), episode, lr=0.01, kernels=True)
+
+
+def test_natural_labels_are_predicted_in_context_so_that_there_is_something_to_reconstruct(bundled):
+    episode = load_task("bundled/natural").episode(bundled, k=4, n_queries=8, seed=1)
+    assert float(accuracy(capture(bundled, episode.queries, context=episode.demonstrations))) == 1.0
+    frame = compare(bundled, episode, methods=("gd",), lr=LR, kernels=True).frame
+    assert not math.isnan(value(frame, "attention_head_agreement", "icl", None))
+    assert "tangent_error" not in set(frame["metric"])

@@ -1,0 +1,60 @@
+"""`iclgd kernels` as a person runs it."""
+
+import pandas as pd
+import pytest
+
+from iclgd_lens import load_task
+from iclgd_lens.data import registry
+from tests.test_cli import run
+
+
+def small(folder, *more: str):
+    return run("kernels", "--episodes", "1", "--k", "3", "--queries", "4", "--device", "cpu", "--out", str(folder), *more)
+
+
+def test_kernels_prints_its_tables_and_writes_them(tmp_path):
+    result = small(tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    for expected in (
+        "λ, twin",
+        "τ random",
+        "best head",
+        "Dai's proxy",
+        "all layers, lr/100",
+        "reads 1.000",
+        "majority",
+    ):
+        assert expected in result.output
+    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    assert {"trained", "untrained"} == set(frame["model"])
+    assert set(frame["lr"].dropna()) == {0.3}
+    tables = tmp_path / "out" / "tables"
+    assert {path.suffix for path in tables.iterdir()} == {".md", ".tex", ".csv"}
+    assert (tables / "kernels_tangent.md").is_file()
+
+
+def test_updates_that_diverge_are_named_and_everything_else_is_shown(tmp_path):
+    result = small(tmp_path / "out", "--no-twins", "--lr", "1e30")
+    assert result.exit_code == 0, result.output
+    assert "Updates that diverged" in result.output
+    assert "Attention as a smoother" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--k", "1"], "at least two demonstrations"),
+        (["--task", "bundled/remaped"], "did you mean 'bundled/remapped'"),
+        (["--task", "mine"], "no default learning rate for the task 'mine'"),
+        (["--queries", "3"], "Invalid value for '--queries'"),
+        (["--model", "no/such-folder/"], "no/such-folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(registry._MAKERS, "mine", lambda data: load_task("bundled/natural"))
+    result = run("kernels", "--episodes", "1", "--out", str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,67 @@
+"""The tables of the kernel views print the frame's numbers, each beside its control and the twin."""
+
+import pandas as pd
+import pytest
+
+from iclgd_lens import compare, summarise, untrained_twin
+from iclgd_lens.views.kernel_tables import kernel_tables, kernel_verdict
+
+
+@pytest.fixture(scope="module")
+def frame(bundled, episode) -> pd.DataFrame:
+    return compare(bundled, episode, lr=0.1, untrained=untrained_twin(bundled), controls=(), kernels=True).frame
+
+
+def mean(frame: pd.DataFrame, method: str, metric: str, control: str = "none", model: str = "trained") -> float:
+    found = summarise(frame, by=["method", "metric", "control", "model"])
+    return float(found.set_index(["method", "metric", "control", "model"]).loc[(method, metric, control, model), "mean"])
+
+
+def test_tables_hold_the_frames_numbers(frame):
+    sheets = {sheet.name: sheet for sheet in kernel_tables(frame)}
+    assert list(sheets) == [
+        f"kernels_{name}"
+        for name in ("smoother", "implied", "readings", "heads", "regression", "tangent", "alignment", "trajectories")
+    ]
+    smoother = sheets["kernels_smoother"].numbers
+    by_layer = summarise(frame, by=["method", "metric", "control", "model", "layer"])
+    for model, header in (("trained", "λ"), ("untrained", "λ, twin")):
+        rows = by_layer[(by_layer["metric"] == "demonstration_mass") & (by_layer["model"] == model)]
+        assert smoother[header].tolist() == rows.sort_values("layer")["mean"].tolist()
+    readings = sheets["kernels_readings"].numbers.set_index(["method", "reading", "level"])
+    row = readings.loc[("LCGD", "Dai's proxy", "demonstration")]
+    assert row["τ"] == mean(frame, "lcgd", "proxy_demonstration_kendall")
+    assert row["recall random"] == mean(frame, "lcgd", "proxy_demonstration_top_k_recall", "random")
+    assert row["τ twin"] == mean(frame, "lcgd", "proxy_demonstration_kendall", model="untrained")
+    regression = sheets["kernels_regression"].numbers.set_index(["predictions of", "kernel"])
+    row = regression.loc[("gold labels", "attention, best head")]
+    assert row["shuffled labels"] == mean(frame, "gold", "attention_head_agreement", "shuffled_labels")
+    assert row["majority"] == mean(frame, "gold", "majority_agreement")
+
+
+def test_all_forms_are_written(frame, tmp_path):
+    for sheet in kernel_tables(frame):
+        assert all(path.read_text().strip() for path in sheet.write(tmp_path))
+
+
+def test_without_a_twin_or_a_method_there_is_no_column_or_row_for_it(frame):
+    alone = frame[(frame["model"] == "trained") & (frame["method"] != "lcgd")]
+    sheets = {sheet.name: sheet for sheet in kernel_tables(alone)}
+    assert "kernels_tangent" not in sheets
+    assert set(sheets["kernels_readings"].numbers["method"]) == {"GD"}
+    assert not any("twin" in header for sheet in sheets.values() for header in sheet.headers)
+    assert "twin" not in kernel_verdict(alone)
+
+
+def test_the_verdict_quotes_the_frame(frame):
+    text = kernel_verdict(frame)
+    assert f"Smoothing makes {mean(frame, 'icl', 'smoothing_share'):.2f} (twin" in text
+    tau = f"{mean(frame, 'gd', 'contribution_token_kendall'):.2f}".replace("-", "−")
+    assert f"GD's implied attention agrees with ICL's at τ = {tau} (random" in text
+    assert f"twin {mean(frame, 'icl', 'attention_head_agreement', model='untrained'):.2f})" in text
+
+
+def test_what_has_no_value_is_called_undefined(frame):
+    without = frame.copy()
+    without.loc[without["metric"] == "contribution_token_kendall", "value"] = float("nan")
+    assert "τ = undefined" in kernel_verdict(without)
