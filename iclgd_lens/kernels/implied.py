@@ -115,6 +115,7 @@ def implied_attention(
     return summed.index_add_(-1, places[behind_bos], weights[..., behind_bos])
 
 
+@torch.no_grad()
 def proxy_attention(
     model: HookedTransformer, update: ParameterUpdate, zsl: Activations, demonstrations: Sequence[Demonstration]
 ) -> Float[Tensor, "query layer head token"]:

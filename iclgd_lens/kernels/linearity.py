@@ -7,6 +7,7 @@ of the step a kernel method with a fixed kernel explains, the *lazy* regime (Jac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,13 +107,16 @@ def own_layer_change(
             prompts = [queries[row].tokens for row in rows.tolist()]
             streams: dict[int, Float[Tensor, "batch pos d_model"]] = {}
             before = _label_logits(sites, prompts, firsts, streams)
-            with update.attached(model):
-                change[:, rows] = _label_logits(sites, prompts, firsts, streams) - before
+            change[:, rows] = _label_logits(sites, prompts, firsts, streams, update) - before
     return change
 
 
 def _label_logits(
-    sites: HookSites, prompts: Sequence[Int[Tensor, "pos"]], firsts: Int[Tensor, "label"], streams: dict[int, Tensor]
+    sites: HookSites,
+    prompts: Sequence[Int[Tensor, "pos"]],
+    firsts: Int[Tensor, "label"],
+    streams: dict[int, Tensor],
+    update: ParameterUpdate | None = None,
 ) -> Float[Tensor, "layer batch label"]:
     """Every layer's label logits, each block's input being that in `streams`, or put there where there is none yet."""
     logits: list[Float[Tensor, "batch label"]] = []
@@ -126,5 +130,7 @@ def _label_logits(
         hooks.append(
             (sites.residual_out[layer], lambda residual, hook: logits.append(wide(read_out(sites.model, residual[:, -1], firsts))))
         )
-    Prefix.empty(sites.model).continue_with(prompts, hooks)
+    # On before the update's, so that the update reads a block's input as it is put back.
+    with sites.attach(hooks), nullcontext() if update is None else update.attached(sites.model):
+        Prefix.empty(sites.model).continue_with(prompts, [])
     return torch.stack(logits)

@@ -84,6 +84,8 @@ class TangentKernel:
         return self.to_queries.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def tangent_kernel(
     model: HookedTransformer,
     demonstrations: Sequence[Demonstration],
@@ -187,7 +189,7 @@ class _Reader:
         """Call a function with every layer of every batch; what it does not keep is dropped before the next layer runs."""
         lengths = [len(prompt) for prompt in prompts]
         whole = Prefix.empty(self.sites.model)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             for rows in batches_by_length(lengths, self.batch_size, self.sites.exchangeable_padding):
                 hooks: list[NamedHook] = []
                 recorder = Recorder(self.sites, self.trained)
@@ -195,7 +197,9 @@ class _Reader:
                     hooks.append((self.sites.residual_in[layer], lambda residual, hook: residual.detach()))
                     hooks += recorder.hooks(layer, cut=True)
                     hooks.append((self.sites.residual_out[layer], self._take(layer, rows, recorder, each)))
-                whole.continue_with([prompts[row] for row in rows.tolist()], hooks)
+                # Put on so that leaves are what the projections put out, before any hook of the user's.
+                with self.sites.attach(hooks):
+                    whole.continue_with([prompts[row] for row in rows.tolist()], [])
 
     def _take(
         self,

@@ -118,10 +118,10 @@ def _descend(
 ) -> ParameterUpdate:
     """Plain SGD over the demonstrations, gradients from `gradients_of`."""
     sites = HookSites.of(model)
-    columns = _check(model, demonstrations, settings, label_tokens)
-    warn_if_processed(model)
     # Gradients are wanted whatever the caller's autograd mode: notebooks often switch it off.
     with torch.inference_mode(False), torch.no_grad():
+        columns = _check(model, demonstrations, settings, label_tokens)
+        warn_if_processed(model)
         running = _zero_deltas(sites, settings.parameters)
         # Online, a gradient changes what the next demonstration meets; in a batch it waits for the end of the epoch.
         online = settings.schedule == "online"
