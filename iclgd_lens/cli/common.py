@@ -40,6 +40,11 @@ def listed(values: Iterable[int]) -> str:
     return " or ".join(map(str, sorted(set(values))))
 
 
+def counted(number: int, what: str) -> str:
+    """Write how many there are, as in "1 episode" and "2 episodes"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def parse_k(k: str) -> int | Literal["fit"]:
     """Read a number of demonstrations, or 'fit'.
 

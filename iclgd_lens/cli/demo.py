@@ -13,6 +13,7 @@ from iclgd_lens.cli.common import (
     LossOn,
     Readout,
     console,
+    counted,
     errors_for_people,
     listed,
     parse_k,
@@ -79,9 +80,9 @@ def demo(
         frame = pd.concat(frames, ignore_index=True)
         path = write_frame(frame, results)
     console.print(
-        f"[bold]{task}[/bold], {episodes} episodes of {listed(frame['k'])} demonstrations and {listed(frame['n_queries'])} "
-        f"queries, lr {lr:g}, loss on the {loss_on}, readout over {readout}; the bundled model has {model.cfg.n_layers} layers, "
-        f"{model.cfg.n_heads} heads, d_model {model.cfg.d_model}."
+        f"[bold]{task}[/bold], {counted(episodes, 'episode')} of {listed(frame['k'])} demonstrations and "
+        f"{listed(frame['n_queries'])} queries, lr {lr:g}, loss on the {loss_on}, readout over {readout}; the bundled model has "
+        f"{model.cfg.n_layers} layers, {model.cfg.n_heads} heads, d_model {model.cfg.d_model}."
     )
     for table in (accuracy_table(frame), similarity_table(frame), layer_table(frame)):
         console.print(table)

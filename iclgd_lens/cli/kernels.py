@@ -17,6 +17,7 @@ from iclgd_lens.cli.common import (
     Model,
     Readout,
     console,
+    counted,
     errors_for_people,
     listed,
     parse_k,
@@ -92,10 +93,11 @@ def kernels(
         frame, diverged = (pd.concat(parts, ignore_index=True) for parts in (frames, problems))
         write_frame(frame, results)
     console.print(
-        f"{task}, {episodes} episodes of {listed(frame['k'])} demonstrations and {listed(frame['n_queries'])} queries, "
+        f"{task}, {counted(episodes, 'episode')} of {listed(frame['k'])} demonstrations and {listed(frame['n_queries'])} queries, "
         f"lr {rate:g}, loss on the {loss_on}, readout over {readout}, model {model}.",
         markup=False,
     )
+    console.print()
     for sheet in kernel_tables(frame):
         sheet.write(out / "tables")
         console.print(sheet.rich())

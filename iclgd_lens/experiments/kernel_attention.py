@@ -136,13 +136,13 @@ def _implied(
     demonstrations: Sequence[Demonstration],
     seed: int,
 ) -> Iterator[tuple[str, str, Float[Tensor, "batch layer head"]]]:
-    """Agreement of every reading of implied attention with in-context attention, beside the same with its weights dealt out
-    anew.
+    """Agreement of every reading of implied attention with in-context attention, beside the same with the weights of tokens dealt
+    out anew. Summed by demonstration, these still favour long demonstrations, as any weighting of tokens does.
     """
     for reading, implied in readings.items():
-        for level in ("token", "demonstration"):
-            a, b = (each if level == "token" else by_demonstration(each, demonstrations) for each in (icl, implied))
-            for control, weights in (("none", b), ("random", shuffled_weights(b, seed))):
-                found = agreement(a, weights)
+        for control, weights in (("none", implied), ("random", shuffled_weights(implied, seed))):
+            for level in ("token", "demonstration"):
+                a, b = (each if level == "token" else by_demonstration(each, demonstrations) for each in (icl, weights))
+                found = agreement(a, b)
                 for statistic in STATISTICS:
                     yield control, f"{reading}_{level}_{statistic}", getattr(found, statistic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from iclgd_lens.data.controls import shuffled_labels
 from iclgd_lens.data.episodes import Episode
-from iclgd_lens.draws import reordered
+from iclgd_lens.draws import shuffled
 from iclgd_lens.experiments.measure import Row, metric_rows
 from iclgd_lens.kernels.alignment import centred_alignment
-from iclgd_lens.kernels.functional import align_trajectories, functional_gd
+from iclgd_lens.kernels.functional import Alignment, align_trajectories, functional_gd
 from iclgd_lens.kernels.labels import (
     HiddenKernel,
     choose_head,
@@ -39,6 +39,9 @@ from iclgd_lens.updates.dual import ParameterUpdate, UpdateSettings
 RIDGE = 0.1
 """The ridge of kernel ridge regression with an RBF kernel, which is 1 at distance zero."""
 
+SHUFFLES = 8
+"""How many times the demonstrations' labels, or the demonstrations of a kernel, are dealt out anew in the controls."""
+
 SMALLER_RATES = {"": 1.0, "_tenth": 0.1, "_hundredth": 0.01}
 """The parts of the learning rate at which the tangent kernel's prediction is checked, by the ending of the metric's name."""
 
@@ -57,13 +60,13 @@ class Labels:
         demonstrations: `[demonstration]`: class indices.
         queries: `[query]`: class indices.
         count: How many classes there are.
-        shuffled: `[demonstration]`: class indices dealt out anew; None where all are alike.
+        shuffled: `SHUFFLES` times `[demonstration]`: class indices dealt out anew, at random; none where all are alike.
     """
 
     demonstrations: Int[Tensor, "demonstration"]
     queries: Int[Tensor, "query"]
     count: int
-    shuffled: Int[Tensor, "demonstration"] | None
+    shuffled: tuple[Int[Tensor, "demonstration"], ...]
 
     @classmethod
     def of(cls, episode: Episode) -> Labels:
@@ -74,18 +77,16 @@ class Labels:
         """
         demonstrations = _known("demonstration", [each.label for each in episode.demonstrations])
         queries = _known("query", [each.label for each in episode.queries])
-        dealt = shuffled_labels(episode, episode.seed)
-        return cls(
-            demonstrations,
-            queries,
-            len(episode.label_words),
-            None if dealt is None else torch.tensor([each.label for each in dealt]),
-        )
+        # Among the shuffles may be the order as it is: without it, few demonstrations would be labelled worse than by chance.
+        rng = random.Random(f"labels of demonstrations/{episode.seed}")
+        alike = bool((demonstrations == demonstrations[0]).all())
+        dealt = [torch.tensor(shuffled(rng, demonstrations.tolist())) for _ in range(0 if alike else SHUFFLES)]
+        return cls(demonstrations, queries, len(episode.label_words), tuple(dealt))
 
     @property
-    def controls(self) -> dict[str, Int[Tensor, "demonstration"]]:
-        """The demonstrations' labels under each control."""
-        return {"none": self.demonstrations} | ({} if self.shuffled is None else {"shuffled_labels": self.shuffled})
+    def controls(self) -> dict[str, tuple[Int[Tensor, "demonstration"], ...]]:
+        """The demonstrations' labels under each control; what comes of several is averaged."""
+        return {"none": (self.demonstrations,)} | ({"shuffled_labels": self.shuffled} if self.shuffled else {})
 
 
 def _known(kind: str, labels: Sequence[int | None]) -> Int[Tensor, "example"]:
@@ -114,17 +115,20 @@ def head_rows(
     """
     kernel = rearrange(attention, "query layer head demonstration -> layer head query demonstration")
     for control, dealt in labels.controls.items():
-        estimates = label_regression(kernel, dealt.to(kernel.device), labels.count)
+        estimates = [label_regression(kernel, each.to(kernel.device), labels.count) for each in dealt]
         for method, target in targets.items():
-            best = choose_head(estimates, target, seed)
-            by_layer = [choose_head(layer[None], target, seed) for layer in estimates]
+            best = [choose_head(estimate, target, seed) for estimate in estimates]
+            by_layer = [[choose_head(layer[None], target, seed) for layer in estimate] for estimate in estimates]
             for metric in ("agreement", "correlation"):
-                whole = torch.tensor([getattr(best, metric)])
-                each = torch.tensor([[getattr(chosen, metric) for chosen in by_layer]])
-                for label, values in ((f"{name}_head_{metric}", whole), (f"{name}_layer_{metric}", each)):
-                    yield from ((method, control, row | {"n": best.scored_on}) for row in metric_rows(label, values))
+                whole = torch.tensor([getattr(chosen, metric) for chosen in best]).nanmean(dim=0, keepdim=True)
+                each = torch.tensor([[getattr(chosen, metric) for chosen in layers] for layers in by_layer])
+                for label, values in (
+                    (f"{name}_head_{metric}", whole),
+                    (f"{name}_layer_{metric}", each.nanmean(dim=0, keepdim=True)),
+                ):
+                    yield from ((method, control, row | {"n": best[0].scored_on}) for row in metric_rows(label, values))
             if control == "none":
-                found = rearrange(label_agreement(estimates, target), "layer head query -> query layer head")
+                found = rearrange(label_agreement(estimates[0], target), "layer head query -> query layer head")
                 for label, values in (
                     (f"{name}_head_agreement", found.flatten(1).nanmean(dim=1)),
                     (f"{name}_layer_agreement", found),
@@ -152,15 +156,18 @@ def hidden_rows(
     kernels = {kind: hidden_kernel(asking, points, kind) for kind in get_args(HiddenKernel)}
     among = hidden_kernel(points, points, "rbf")
     for control, dealt in labels.controls.items():
-        dealt = dealt.to(points.device)
-        estimates = {kind: label_regression(kernel, dealt, labels.count) for kind, kernel in kernels.items()}
-        onehot = one_hot_labels(dealt, labels.count)
-        pairs = zip(among, kernels["rbf"], strict=True)
-        estimates["ridge"] = torch.stack([kernel_ridge(between, to, onehot, RIDGE) for between, to in pairs])
+        estimates: dict[str, list[Float[Tensor, "layer query label"]]] = defaultdict(list)
+        for each in dealt:
+            for kind, kernel in kernels.items():
+                estimates[kind].append(label_regression(kernel, each.to(kernel.device), labels.count))
+            onehot = one_hot_labels(each, labels.count)
+            pairs = zip(among, kernels["rbf"], strict=True)
+            estimates["ridge"].append(torch.stack([kernel_ridge(between, to, onehot, RIDGE) for between, to in pairs]))
         for method, target in targets.items():
-            for kind, estimate in estimates.items():
-                found = rearrange(label_agreement(estimate, target), "layer query -> query layer")
-                yield from ((method, control, row) for row in metric_rows(f"hidden_{kind}_agreement", found))
+            for kind, found in estimates.items():
+                agreed = label_agreement(torch.stack(found), target).nanmean(dim=0)
+                rows = metric_rows(f"hidden_{kind}_agreement", rearrange(agreed, "layer query -> query layer"))
+                yield from ((method, control, row) for row in rows)
 
 
 def tangent_rows(
@@ -215,10 +222,15 @@ def alignment_rows(
         "attention": rearrange(attention.mean(dim=2), "query layer demonstration -> layer query demonstration"),
         "label": label_kernel(labels.queries, labels.demonstrations).to(kernel.per_label)[None],
     }
-    order = reordered(random.Random(f"alignment/{seed}"), range(len(labels.demonstrations)))
+    rng = random.Random(f"alignment/{seed}")
+    orders = torch.tensor([shuffled(rng, range(len(labels.demonstrations))) for _ in range(SHUFFLES)])
     for a, b in (("tangent", "attention"), ("tangent", "label"), ("attention", "label")):
-        for control, other in (("none", kernels[b]), ("random", kernels[b][..., order])):
-            yield from (("icl", control, row) for row in metric_rows(f"cka_{a}_{b}", centred_alignment(kernels[a], other)[None]))
+        found = centred_alignment(kernels[a], kernels[b])
+        # [layer, shuffle, query, demonstration]
+        permuted = rearrange(kernels[b][..., orders], "layer query shuffle demonstration -> layer shuffle query demonstration")
+        random_found = centred_alignment(kernels[a][:, None], permuted).nanmean(dim=1)
+        for control, values in (("none", found), ("random", random_found)):
+            yield from (("icl", control, row) for row in metric_rows(f"cka_{a}_{b}", values[None]))
 
 
 def trajectory_rows(
@@ -231,20 +243,22 @@ def trajectory_rows(
     """How well the layers of the in-context run go with iterates of functional gradient descent, by kernels of the last layer."""
     layers = rearrange(wide(lens_logits), "query layer label -> layer query label").softmax(dim=-1)
     between, to = (hidden_kernel(x[:, -1], demonstrations[:, -1], "rbf") for x in (demonstrations, queries))
+    theta = kernel.between[-1]
+    by_hidden = partial(functional_gd, between, to, lr=_stable_rate(between), steps=STEPS)
+    by_tangent = partial(
+        functional_gd,
+        theta,
+        kernel.to_queries[-1],
+        lr=_stable_rate(rearrange(theta, "a b c d -> (a c) (b d)")),
+        steps=STEPS,
+        start_points=kernel.demonstration_logits[-1],
+        start_queries=kernel.query_logits[-1],
+    )
     for control, dealt in labels.controls.items():
-        targets = one_hot_labels(dealt, labels.count).to(between)
-        iterates = functional_gd(between, to, targets, lr=_stable_rate(between), steps=STEPS)
-        yield from _trajectory("trajectory_hidden", "icl", control, layers, iterates.softmax(dim=-1))
-        iterates = functional_gd(
-            kernel.between[-1],
-            kernel.to_queries[-1],
-            targets,
-            lr=_stable_rate(rearrange(kernel.between[-1], "a b c d -> (a c) (b d)")),
-            steps=STEPS,
-            start_points=kernel.demonstration_logits[-1],
-            start_queries=kernel.query_logits[-1],
-        )
-        yield from _trajectory("trajectory_tangent", "icl", control, layers, iterates.softmax(dim=-1))
+        targets = [one_hot_labels(each, labels.count).to(between) for each in dealt]
+        for name, descend in (("trajectory_hidden", by_hidden), ("trajectory_tangent", by_tangent)):
+            found = [align_trajectories(layers, descend(targets=target).softmax(dim=-1)) for target in targets]
+            yield from _trajectory(name, "icl", control, found, len(queries))
 
 
 def _stable_rate(kernel: Float[Tensor, "point point"]) -> float:
@@ -273,17 +287,12 @@ def epoch_rows(
         after = capture(model, episode.queries, update=update.first_epochs(epochs), keep=["lens_logits"])
         iterates.append(after.lens_logits[:, -1])
     layers = rearrange(wide(lens_logits), "query layer label -> layer query label").softmax(dim=-1)
-    yield from _trajectory("trajectory_epochs", update.settings.method, "none", layers, wide(torch.stack(iterates)).softmax(dim=-1))
+    found = align_trajectories(layers, wide(torch.stack(iterates)).softmax(dim=-1))
+    yield from _trajectory("trajectory_epochs", update.settings.method, "none", [found], len(zero_shot))
 
 
-def _trajectory(
-    name: str,
-    method: str,
-    control: str,
-    layers: Float[Tensor, "layer query label"],
-    iterates: Float[Tensor, "iterate query label"],
-) -> MetricRows:
-    found = align_trajectories(layers, iterates)
-    score, match = torch.tensor([found.score]), found.match.double()[None]
+def _trajectory(name: str, method: str, control: str, found: Sequence[Alignment], n_queries: int) -> MetricRows:
+    score = torch.tensor([alignment.score for alignment in found]).mean(dim=0, keepdim=True)
+    match = torch.stack([alignment.match for alignment in found]).double().mean(dim=0, keepdim=True)
     for metric, values in ((f"{name}_score", score), (f"{name}_match", match)):
-        yield from ((method, control, row | {"n": layers.shape[1]}) for row in metric_rows(metric, values))
+        yield from ((method, control, row | {"n": n_queries}) for row in metric_rows(metric, values))

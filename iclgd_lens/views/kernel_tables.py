@@ -33,6 +33,7 @@ ALIGNMENT_NAMES = {
     "cka_tangent_label": "tangent and label",
     "cka_attention_label": "attention and label",
 }
+OVER_EPISODES = "Means ± 95 % over episodes."
 RATE_NAMES = {"": "lr", "_tenth": "lr/10", "_hundredth": "lr/100"}
 
 
@@ -90,7 +91,7 @@ class _Tables:
         rows = {METHOD_NAMES[method]: self._agreement_sources(method, "contribution_token") for method in self.methods}
         note = (
             "Tokens of the demonstrations weighed by what each contributes to attention's output to first order, against "
-            "in-context attention: Kendall's τ, and recall of the heaviest sixth. Random: the same weights dealt out anew."
+            "in-context attention: Kendall's τ, and recall of the heaviest sixth. Random: the weights dealt out to tokens anew."
         )
         return self._layered("implied", "Implied attention of updates against in-context attention, by token", rows, "method", note)
 
@@ -101,8 +102,12 @@ class _Tables:
             for level in ("token", "demonstration")
             for reading in READING_NAMES
         }
+        note = (
+            "By demonstration, weights are summed over its tokens. Random: the same weights dealt out anew to tokens, then summed, "
+            "so that what comes from the length of demonstrations alone shows there, too."
+        )
         return self._flat(
-            "readings", "Readings of implied attention, averaged over layers", rows, ("method", "reading", "level"), "+.3f"
+            "readings", "Readings of implied attention, averaged over layers", rows, ("method", "reading", "level"), "+.3f", note
         )
 
     def heads(self) -> Sheet:
@@ -118,7 +123,7 @@ class _Tables:
         note = (
             "Share of queries whose in-context prediction is that of label regression with a head's attention to demonstrations, "
             "or at labels, to their labels. A layer's best head is chosen on one half of the queries and scored on the other. "
-            "Random: mean over its heads."
+            "Random: mean over its heads. Shuffled labels: mean over shuffles of the demonstrations' labels."
         )
         return self._layered("heads", "Label regression by heads, against in-context predictions", {"": sources}, "", note, ".3f")
 
@@ -133,8 +138,8 @@ class _Tables:
                 rows[TARGET_NAMES[target], KERNEL_NAMES[kernel]] = sources | majority
         note = (
             "Share of queries labelled alike. The best head of all is chosen and scored on different halves of the queries; "
-            "random: mean over heads. Majority: always the commonest label. Hidden states are those of zero-shot runs, averaged "
-            "over layers."
+            "random: mean over heads. Shuffled labels: mean over shuffles. Majority: always the commonest label. Hidden states are "
+            "those of zero-shot runs, averaged over layers."
         )
         return self._flat("regression", "Label kernel regression", rows, ("predictions of", "kernel"), ".3f", note)
 
@@ -154,7 +159,7 @@ class _Tables:
 
     def alignment(self) -> Sheet:
         rows = {(name,): self._controlled("icl", metric, ("random",)) for metric, name in ALIGNMENT_NAMES.items()}
-        note = "Centred alignment between queries and demonstrations. Random: the demonstrations of one kernel permuted."
+        note = "Centred alignment between queries and demonstrations. Random: the demonstrations of one kernel shuffled."
         return self._flat("alignment", "Kernel alignment (CKA), averaged over layers", rows, ("kernels",), "+.3f", note)
 
     def trajectories(self) -> Sheet:
@@ -204,7 +209,7 @@ class _Tables:
         rows: Mapping[Any, Mapping[str, Source]],
         about: tuple[str, ...],
         style: str,
-        note: str = "",
+        note: str,
     ) -> Sheet:
         """A table with a row per group, averaged over layers."""
         numbers = [dict(zip(about, group, strict=True)) | dict(self._cells(sources)) for group, sources in rows.items()]
@@ -225,7 +230,7 @@ class _Tables:
         columns = [Column(header, header) for header in first] + [
             Column(header, header, spread=f"{header} half", style=style) for header in headers
         ]
-        return Sheet(f"kernels_{name}", title, table, tuple(columns), note)
+        return Sheet(f"kernels_{name}", title, table, tuple(columns), f"{note} {OVER_EPISODES}")
 
 
 def kernel_verdict(frame: pd.DataFrame) -> str:
@@ -236,7 +241,9 @@ def kernel_verdict(frame: pd.DataFrame) -> str:
     }
 
     def number(source: Source) -> str:
-        return f"{means[source]:.2f}".replace("-", "−") if pd.notna(means.get(source)) else "undefined"
+        if pd.isna(means.get(source)):
+            return "undefined"
+        return f"{round(means[source], 2) + 0.0:.2f}".replace("-", "−")  # + 0.0 makes −0 a 0
 
     def beside(method: str, metric: str, controls: Sequence[str]) -> str:
         others = [f"{control.replace('_', ' ')} {number(Source(method, metric, control))}" for control in controls]

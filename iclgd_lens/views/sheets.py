@@ -8,13 +8,24 @@ from typing import Any, Literal
 
 import pandas as pd
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from iclgd_lens.files import write_text
 
-LATEX_SIGNS = {"±": r"$\pm$", "−": r"$-$", "–": "--", "Δ": r"$\Delta$", "α": r"$\alpha$", "√": r"$\surd$"}
+LATEX_SIGNS = {
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "–": "--",
+    "Δ": r"$\Delta$",
+    "α": r"$\alpha$",
+    "λ": r"$\lambda$",
+    "τ": r"$\tau$",
+    "√": r"$\surd$",
+    "‖": r"$\|$",
+}
 
 P_VALUE, SMALLEST_P = ".4f", 0.0001
 """How p-values are written, and below which they only say so."""
@@ -89,18 +100,18 @@ class Sheet:
         """What people see, row by row."""
         return [[column.shown(row) for column in self.columns] for row in self.numbers.to_dict("records")]
 
-    def rich(self) -> Table:
-        """The table for a terminal."""
+    def rich(self) -> Group:
+        """The table for a terminal, with its note below and an empty line after."""
         # As text: a task's name may hold what the console reads as markup.
-        note = Text(self.note) if self.note else None
-        table = Table(title=Text(self.title), title_justify="left", title_style="bold", caption=note, caption_justify="left")
-        table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
+        table = Table(title=Text(self.title), title_justify="left", title_style="bold")
+        table.box, table.show_edge, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, False, True
         for index, column in enumerate(self.columns):
             text = index == 0 or (bool(len(self.numbers)) and isinstance(self.numbers[column.value].iloc[0], str))
             table.add_column(Text(column.header), justify="left" if text else "right", overflow="fold")
         for row in self.cells:
             table.add_row(*map(Text, row))
-        return table
+        # Not as the table's caption, which is folded to the width of the table.
+        return Group(table, *([Text(self.note, "italic dim")] if self.note else []), "")
 
     def markdown(self) -> str:
         """The table as GitHub's Markdown, with its title and note."""

@@ -18,8 +18,10 @@ from iclgd_lens import (
     choose_head,
     compare,
     decompose,
+    hidden_kernel,
     icl_attention,
     implied_attention,
+    label_agreement,
     label_regression,
     label_step,
     lcgd,
@@ -30,7 +32,10 @@ from iclgd_lens import (
     tangent_kernel,
 )
 from iclgd_lens.data.episodes import Episode
+from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.experiments.compare import n_runs
+from iclgd_lens.experiments.kernel_attention import _implied
+from iclgd_lens.experiments.kernel_regression import SHUFFLES, Labels
 from iclgd_lens.metrics.agreement import label_distribution
 from tests.models_zoo import make_demonstrations, make_model, make_queries
 
@@ -121,6 +126,41 @@ def test_random_controls_read_nothing(frame):
     rows = frame[(frame["control"] == "random") & frame["metric"].str.endswith(("_kendall", "_spearman"))]
     assert len(rows) > 50
     assert rows["value"].abs().mean() < 0.05
+
+
+def test_random_weights_by_demonstration_still_favour_long_demonstrations():
+    lengths = [2, 3, 5, 9, 14, 20]
+    demonstrations = [Demonstration(torch.zeros(1 + n, dtype=torch.long), n_label_tokens=1, label=0) for n in lengths]
+    icl = torch.rand(2, 3, 4, sum(lengths))
+    found = {(control, metric): v for control, metric, v in _implied(icl, {"proxy": torch.rand_like(icl)}, demonstrations, seed=0)}
+    assert found["random", "proxy_demonstration_kendall"].mean() > 0.7
+    assert found["random", "proxy_token_kendall"].abs().mean() < 0.2
+
+
+def test_shuffled_labels_are_averaged_over_shuffles(bundled, episode, frame):
+    labels = Labels.of(episode)
+    assert len(labels.shuffled) == SHUFFLES
+    assert all(torch.equal(dealt.sort().values, labels.demonstrations.sort().values) for dealt in labels.shuffled)
+    assert len({tuple(dealt.tolist()) for dealt in labels.shuffled}) > 1
+    icl = capture(bundled, episode.queries, context=episode.demonstrations, keep=["demonstration_attention", "label_log_probs"])
+    kernel = icl.demonstration_attention.permute(1, 2, 0, 3)
+    estimates = [label_regression(kernel, dealt, labels.count) for dealt in labels.shuffled]
+    chosen = [choose_head(each, label_distribution(icl), seed=episode.seed).agreement for each in estimates]
+    mean = sum(chosen) / len(chosen)
+    assert value(frame, "attention_head_agreement", "icl", None, control="shuffled_labels") == pytest.approx(mean, abs=1e-6)
+    zsl = capture(bundled, episode.queries, keep=["residual"]).residual.transpose(0, 1)
+    prompts = [Query(each.tokens[:-1], episode.label_tokens) for each in episode.demonstrations]
+    points = capture(bundled, prompts, keep=["residual"]).residual.transpose(0, 1)
+    estimates = [label_regression(hidden_kernel(zsl, points, "rbf"), dealt, labels.count) for dealt in labels.shuffled]
+    agreed = torch.stack([label_agreement(each, label_distribution(icl)) for each in estimates]).mean(dim=(0, 2))
+    for layer, expected in enumerate(agreed.tolist()):
+        found = value(frame, "hidden_rbf_agreement", "icl", layer, control="shuffled_labels")
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_labels_that_are_all_alike_have_no_shuffle(episode):
+    alike = replace(episode, demonstrations=[replace(each, label=0) for each in episode.demonstrations])
+    assert set(Labels.of(alike).controls) == {"none"}
 
 
 def test_rows_are_told_apart_by_their_columns(frame):

@@ -224,11 +224,12 @@ def test_update_does_not_depend_on_the_callers_autograd_mode(mode, method):
 
 
 @both_methods
-def test_update_can_be_made_in_inference_mode(method):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_update_can_be_made_in_inference_mode(objective, method):
     model = make_model()
-    expected = METHODS[method](model, make_demonstrations(), lr=LR)
+    expected = METHODS[method](model, make_demonstrations(), lr=LR, **OBJECTIVES[objective])
     with torch.inference_mode():
-        found = METHODS[method](model, make_demonstrations(), lr=LR)
+        found = METHODS[method](model, make_demonstrations(), lr=LR, **OBJECTIVES[objective])
     assert_identical(found, expected)
 
 

@@ -41,7 +41,10 @@ def test_tables_hold_the_frames_numbers(frame):
 
 def test_all_forms_are_written(frame, tmp_path):
     for sheet in kernel_tables(frame):
-        assert all(path.read_text().strip() for path in sheet.write(tmp_path))
+        written = {path.suffix: path.read_text() for path in sheet.write(tmp_path)}
+        assert sheet.title in written[".md"]
+        assert written[".tex"].isascii(), "signs that LaTeX's own fonts lack"
+        assert len(written[".csv"].splitlines()) == 1 + len(sheet.numbers)
 
 
 def test_without_a_twin_or_a_method_there_is_no_column_or_row_for_it(frame):

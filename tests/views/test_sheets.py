@@ -89,7 +89,7 @@ def test_every_form_shows_every_cell_and_header():
 
 
 def test_text_is_left_justified_and_numbers_right_for_a_terminal():
-    table = sheet().rich()
+    table = sheet().rich().renderables[0]
     assert [column.justify for column in table.columns] == ["left", "right", "right", "right"]
     assert table.row_count == 2
 
@@ -97,7 +97,7 @@ def test_text_is_left_justified_and_numbers_right_for_a_terminal():
 def test_a_table_without_rows_has_its_headers_in_every_form():
     empty = sheet(NUMBERS[:0])
     assert empty.cells == []
-    assert empty.rich().row_count == 0
+    assert empty.rich().renderables[0].row_count == 0
     assert all(header in empty.markdown() for header in empty.headers)
     assert "draws" in empty.latex()
     assert empty.numbers.to_csv(index=False).strip() == ",".join(NUMBERS.columns)
@@ -121,7 +121,9 @@ def test_a_sheet_without_a_note_has_none():
     bare = Sheet("numbers", "Title", NUMBERS, COLUMNS)
     assert bare.markdown().rstrip().endswith("|")
     assert r"\caption{Title.}" in bare.latex()
-    assert bare.rich().caption is None
+    console = Console(width=200, file=io.StringIO())
+    console.print(bare.rich())
+    assert console.file.getvalue().rstrip().endswith(" 12")
 
 
 def test_latex_is_a_table_that_balances():
