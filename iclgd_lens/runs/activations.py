@@ -127,7 +127,8 @@ class Activations:
     @property
     def score_gradients(self) -> Float[Tensor, "query layer own_pos head d_head"]:
         """The gradient of each own token's score with respect to its key, as the key projection puts it out (before any rotation or
-        norm); 0 before BOS. Zero-shot runs only.
+        norm); 0 before BOS. Zero-shot runs only; `capture` refuses to keep it where a hook of yours edits values, the pattern or
+        heads' output, as contributions could not be told then.
         """
         return self._get("score_gradients")
 

@@ -82,8 +82,9 @@ def capture(
     Raises:
         ValueError: If there are no queries, their label words differ or are missing though asked for, the context is empty,
             begins with another BOS than the queries, or makes a prompt longer than the context window; if a token is not in the
-            model's vocabulary; if `keep` names an unknown field or one that the run does not have; or if the update belongs to
-            another model.
+            model's vocabulary; if `keep` names an unknown field or one that the run does not have; if `score_gradients` is to be
+            kept and a hook edits something between the value projection and heads' output; or if the update belongs to another
+            model.
     """
     request = _Request.of(model, queries, context, keep, batch_size)
     with request.running(update):
