@@ -33,6 +33,17 @@ def test_kernels_prints_its_tables_and_writes_them(tmp_path):
     assert (tables / "kernels_tangent.md").is_file()
 
 
+def test_episodes_have_seeds_of_their_own_and_the_rate_is_the_one_given(tmp_path):
+    result = small(tmp_path / "out", "--episodes", "2", "--seed", "3", "--lr", "0.05", "--no-twins")
+    assert result.exit_code == 0, result.output
+    assert "2 episodes of 3 demonstrations and 4 queries, lr 0.05" in result.output
+    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    assert set(frame["seed"]) == {3, 4}
+    assert set(frame["lr"].dropna()) == {0.05}
+    values = frame[frame["metric"] == "demonstration_mass"].pivot(index="layer", columns="seed", values="value")
+    assert (values[3] != values[4]).all()
+
+
 def test_updates_that_diverge_are_named_and_everything_else_is_shown(tmp_path):
     result = small(tmp_path / "out", "--no-twins", "--lr", "1e30")
     assert result.exit_code == 0, result.output

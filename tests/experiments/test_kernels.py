@@ -13,11 +13,14 @@ from iclgd_lens import (
     Query,
     accuracy,
     agreement,
+    align_trajectories,
     by_demonstration,
     capture,
+    centred_alignment,
     choose_head,
     compare,
     decompose,
+    gd,
     hidden_kernel,
     icl_attention,
     implied_attention,
@@ -34,8 +37,8 @@ from iclgd_lens import (
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.experiments.compare import n_runs
-from iclgd_lens.experiments.kernel_attention import _implied
-from iclgd_lens.experiments.kernel_regression import SHUFFLES, Labels
+from iclgd_lens.experiments.kernel_attention import _implied, attention_views
+from iclgd_lens.experiments.kernel_regression import SHUFFLES, STEPS, Labels
 from iclgd_lens.metrics.agreement import label_distribution
 from tests.models_zoo import make_demonstrations, make_model, make_queries
 
@@ -109,6 +112,81 @@ def test_tangent_errors_are_those_of_a_step_on_the_labels_and_shrink_with_the_ra
     for layer in range(bundled.cfg.n_layers):
         assert value(frame, "tangent_error_hundredth", "lcgd", layer) == pytest.approx(float(found.error[layer]), rel=1e-3)
         assert value(frame, "tangent_error_hundredth", "lcgd", layer) < value(frame, "tangent_error_tenth", "lcgd", layer)
+
+
+def test_streamed_views_are_in_the_order_of_the_queries():
+    # Ten queries of many lengths: two batches, which are not in the queries' order.
+    model, demonstrations, lr = make_model(), tuple(make_demonstrations(4)), 0.05
+    queries = tuple(make_queries((5, 2, 7, 5, 1, 6, 3, 2, 4, 1)))
+    episode = Episode("zoo", 0, demonstrations, queries, ("a", "b", "c"), queries[0].label_tokens)
+    update = lcgd(model, demonstrations, lr=lr)
+    icl = capture(
+        model, queries, context=demonstrations, keep=["demonstration_attention", "label_attention", "lens_logits", "context_scores"]
+    )
+    zsl = capture(model, queries, keep=["attn_out", *ATTENTION])
+    ft = capture(model, queries, update=update, keep=["attn_out"])
+    found = attention_views(model, episode, {"lcgd": update}, {"zsl": zsl, "lcgd": ft})
+    for name in ("demonstration_attention", "label_attention", "lens_logits"):
+        torch.testing.assert_close(getattr(found, name), icl.kept[name], rtol=1e-4, atol=1e-5)
+    rows = {(row["metric"], row["layer"]): row["value"] for row in found.rows["lcgd", "none"]}
+    attribution = update.attribution(zsl)
+    coefficients = implied_attention(attribution, demonstrations, "coefficient")
+    expected = {
+        "first_order_cosine": torch.cosine_similarity(attribution.change, ft.attn_out - zsl.attn_out, dim=-1),
+        "keys_share": attribution.through_keys.sum(dim=(-2, -1)) / attribution.change.norm(dim=-1),
+        "coefficient_token_spearman": agreement(icl_attention(icl, demonstrations), coefficients).spearman,
+    }
+    for metric, values in expected.items():
+        for layer in range(model.cfg.n_layers):
+            assert rows[metric, layer] == pytest.approx(float(values[:, layer].double().mean()), abs=1e-4), metric
+
+
+def test_a_random_head_is_the_mean_over_heads(bundled, episode, frame):
+    icl = capture(bundled, episode.queries, context=episode.demonstrations, keep=["demonstration_attention", "label_log_probs"])
+    labels = Labels.of(episode)
+    estimates = label_regression(icl.demonstration_attention.permute(1, 2, 0, 3), labels.demonstrations, labels.count)
+    agreed = label_agreement(estimates, label_distribution(icl)).double()
+    assert value(frame, "attention_head_agreement", "icl", None, control="random") == pytest.approx(float(agreed.mean()))
+    assert value(frame, "attention_layer_agreement", "icl", 1, control="random") == pytest.approx(float(agreed[1].mean()))
+
+
+def test_alignment_is_that_of_the_kernels_and_of_shuffled_ones_next_to_nothing(bundled, episode, frame):
+    kernel = tangent_kernel(bundled, episode.demonstrations, episode.queries)
+    icl = capture(bundled, episode.queries, context=episode.demonstrations, keep=["demonstration_attention"])
+    attention = icl.demonstration_attention.mean(dim=2).transpose(0, 1)
+    found = centred_alignment(kernel.per_label, attention)
+    metrics = [name for name in frame["metric"].unique() if name.startswith("cka_")]
+    for layer in range(bundled.cfg.n_layers):
+        assert value(frame, "cka_tangent_attention", "icl", layer) == pytest.approx(float(found[layer]), abs=1e-4)
+        assert value(frame, "cka_tangent_label", "icl", layer) > 0.9
+        assert all(abs(value(frame, name, "icl", layer, control="random")) < 0.5 for name in metrics)
+
+
+def test_trajectories_are_those_of_the_last_layers_kernels_and_of_epochs(bundled, episode, frame):
+    kernel = tangent_kernel(bundled, episode.demonstrations, episode.queries)
+    icl = capture(bundled, episode.queries, context=episode.demonstrations, keep=["lens_logits"])
+    layers = icl.lens_logits.softmax(dim=-1).transpose(0, 1)
+    k, n_labels = len(episode.demonstrations), len(episode.label_words)
+    theta = kernel.between[-1].transpose(1, 2).reshape(k * n_labels, -1)
+    # By hand, in the space of all (demonstration, label) pairs.
+    at_points, at_queries = kernel.demonstration_logits[-1].flatten(), kernel.query_logits[-1]
+    to_queries = kernel.to_queries[-1].transpose(1, 2).reshape(len(episode.queries), n_labels, -1)
+    iterates, lr = [at_queries], 2 / float(torch.linalg.eigvalsh(theta.double())[-1])
+    for _ in range(STEPS):
+        residuals = (at_points.view(k, n_labels).softmax(dim=-1) - kernel.targets).flatten()
+        at_points = at_points - lr * theta @ residuals
+        iterates.append(iterates[-1] - lr * to_queries @ residuals)
+    found = align_trajectories(layers, torch.stack(iterates).softmax(dim=-1))
+    assert value(frame, "trajectory_tangent_score", "icl", None) == pytest.approx(found.score, abs=1e-4)
+
+    epochs = [
+        capture(bundled, episode.queries, update=gd(bundled, episode.demonstrations, lr=LR, epochs=n)) for n in range(1, STEPS + 1)
+    ]
+    zero_shot = capture(bundled, episode.queries)
+    iterates = [run.lens_logits[:, -1].softmax(dim=-1) for run in (zero_shot, *epochs)]
+    found = align_trajectories(layers, torch.stack(iterates))
+    assert value(frame, "trajectory_epochs_score", "gd", None) == pytest.approx(found.score, abs=1e-4)
+    assert value(frame, "trajectory_epochs_match", "gd", 2) == int(found.match[2])
 
 
 def test_every_view_has_a_control_or_a_twin_beside_it(frame):

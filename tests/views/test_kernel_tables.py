@@ -39,6 +39,17 @@ def test_tables_hold_the_frames_numbers(frame):
     assert row["majority"] == mean(frame, "gold", "majority_agreement")
 
 
+def test_spreads_are_half_of_the_interval_over_episodes(frame):
+    other = frame.assign(seed=frame["seed"] + 1, value=frame["value"] + 0.01)
+    both = pd.concat([frame, other])
+    (smoother,) = (sheet for sheet in kernel_tables(both) if sheet.name == "kernels_smoother")
+    expected = summarise(both, by=["metric", "model", "layer"]).set_index(["metric", "model", "layer"])
+    row = expected.loc[("demonstration_mass", "trained", 0)]
+    half = smoother.numbers.set_index("layer").loc[0, "λ half"]
+    assert half == pytest.approx((row["high"] - row["low"]) / 2)
+    assert half > 0.01
+
+
 def test_all_forms_are_written(frame, tmp_path):
     for sheet in kernel_tables(frame):
         written = {path.suffix: path.read_text() for path in sheet.write(tmp_path)}
