@@ -48,12 +48,15 @@ from .updates.attribution import Attribution
 from .updates.dual import ParameterUpdate
 from .updates.gradient import gd, lcgd
 from .updates.random_weights import random_weights
+from .views.attention import AttentionExample, attention_example, attention_patterns, changed_heads, rank_heads
+from .views.circuits import View
 
 __all__ = [
     "ATTENTION",
     "Activations",
     "Agreement",
     "Alignment",
+    "AttentionExample",
     "Attribution",
     "ChosenHead",
     "Comparison",
@@ -70,15 +73,19 @@ __all__ = [
     "Query",
     "TangentKernel",
     "Task",
+    "View",
     "accuracy",
     "agreement",
     "align_trajectories",
     "alpha",
+    "attention_example",
+    "attention_patterns",
     "bundled_task",
     "by_demonstration",
     "capture",
     "capture_batches",
     "centred_alignment",
+    "changed_heads",
     "choose_head",
     "claims",
     "compare",
@@ -110,6 +117,7 @@ __all__ = [
     "proxy_attention",
     "random_update",
     "random_weights",
+    "rank_heads",
     "rec2ftp",
     "register_task",
     "regression_episode",

@@ -1,0 +1,239 @@
+"""Attention views hold the numbers that they show, and show what they hold, in a browser without network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from iclgd_lens import (
+    ATTENTION,
+    AttentionExample,
+    Task,
+    View,
+    attention_example,
+    attention_patterns,
+    capture,
+    changed_heads,
+    gd,
+    icl_attention,
+    implied_attention,
+    kendall_tau,
+    lcgd,
+    rank_heads,
+    sim_am_delta,
+)
+from iclgd_lens.views.attention import strings
+from iclgd_lens.views.circuits import page, script_json
+from tests.models_zoo import make_model, make_queries
+from tests.pages import opened
+
+MARKUP = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> &lt;b&gt; <bos>"
+
+
+@pytest.fixture(scope="module")
+def updates(bundled, episode):
+    return {"gd": gd(bundled, episode.demonstrations, lr=0.3), "lcgd": lcgd(bundled, episode.demonstrations, lr=0.3)}
+
+
+@pytest.fixture(scope="module")
+def example(bundled, episode, updates) -> AttentionExample:
+    return attention_example(bundled, episode, updates, rows=[1, 4, 5])
+
+
+def properties(view: View) -> dict:
+    """What a CircuitsVis element is given."""
+    return json.loads(re.search(r"CircuitsVis\.AttentionHeads, (.*)\)</script>$", view.body).group(1))
+
+
+def decoded(example: AttentionExample) -> np.ndarray:
+    steps = np.frombuffer(base64.b64decode(example.weights), dtype=np.uint8).reshape(*example.shape, -1)
+    return steps / 255 * np.array(example.scale).reshape(*example.shape, 1)
+
+
+def test_an_example_holds_attention_and_implied_attention_as_shares(bundled, episode, updates, example):
+    queries = [episode.queries[row] for row in (1, 4, 5)]
+    icl = capture(bundled, queries, context=episode.demonstrations, keep=["context_scores", "label_log_probs"])
+    zsl = capture(bundled, queries, keep=[*ATTENTION])
+    weights = [icl_attention(icl, episode.demonstrations)]
+    weights += [implied_attention(update.attribution(zsl), episode.demonstrations) for update in updates.values()]
+    shares = torch.stack([each / each.sum(dim=-1, keepdim=True) for each in weights])
+    found = decoded(example)
+    assert example.methods == ("ICL", "GD", "LCGD")
+    assert example.shape == (3, 3, bundled.cfg.n_layers, 1 + bundled.cfg.n_heads)
+    largest = shares.amax(dim=-1, keepdim=True).numpy()
+    assert (np.abs(found[:, :, :, 1:] - shares.numpy()) <= largest * 0.0025).all()
+    mean = shares.mean(dim=3)
+    assert np.abs(found[:, :, :, 0] - mean.numpy()).max() < 0.0025
+    tau = np.array([np.nan if value is None else value for value in example.tau]).reshape(example.shape)
+    assert np.isnan(tau[0]).all()
+    assert tau[2][:, :, 1:] == pytest.approx(kendall_tau(shares[0], shares[2]).numpy(), abs=6e-4)
+    assert [query["predicted"] for query in example.queries] == [episode.label_words[i].strip() for i in icl.predictions.tolist()]
+
+
+def test_an_example_knows_its_texts(bundled, episode, example):
+    assert [len(tokens) for tokens in example.demonstrations] == [len(each.tokens) - 1 for each in episode.demonstrations]
+    for tokens, label in zip(example.demonstrations, example.labels, strict=True):
+        assert "".join(tokens).endswith(f"Label: {label}")
+    assert example.queries[0]["text"].strip().endswith("Label:")
+    assert example.queries[0]["gold"] in episode.label_words
+
+
+def test_an_example_is_saved_and_loaded(example, tmp_path):
+    example.save(tmp_path / "attention.json")
+    loaded = AttentionExample.load(tmp_path / "attention.json")
+    assert (decoded(loaded) == decoded(example)).all()
+    assert loaded.view().body.count("iclgdAttention") == 1
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"other\.json does not hold an attention example"):
+        AttentionExample.load(tmp_path / "other.json")
+
+
+def test_queries_that_are_not_there_are_refused(bundled, episode, updates):
+    with pytest.raises(IndexError, match="there is no query 12: the episode has 12, counted from 0"):
+        attention_example(bundled, episode, updates, rows=[0, 12])
+
+
+def test_patterns_are_the_models_own(bundled, episode, updates):
+    query, update = episode.queries[0], updates["lcgd"]
+    with torch.no_grad(), update.attached(bundled):
+        _, cache = bundled.run_with_cache(query.tokens[None])
+    found = properties(attention_patterns(bundled, query, 2, update=update))
+    assert torch.tensor(found["attention"]) == pytest.approx(cache["pattern", 2][0].numpy(), rel=6e-3, abs=1e-6)
+    assert found["tokens"] == strings(bundled, query.tokens)
+    assert found["attentionHeadNames"] == ["L2H0", "L2H1", "L2H2", "L2H3"]
+    whole = properties(attention_patterns(bundled, query, 0, demonstrations=episode.demonstrations))
+    n_tokens = len(query.tokens) + sum(len(each.tokens) - 1 + len(each.separator) for each in episode.demonstrations)
+    assert len(whole["tokens"]) == len(whole["attention"][0]) == n_tokens
+    assert sum(whole["attention"][1][-1]) == pytest.approx(1, abs=1e-2)
+    assert not any(hook.fwd_hooks for hook in bundled.hook_dict.values())
+
+
+def test_heads_are_ranked_by_sim_am_delta(bundled, episode, updates):
+    query, update = episode.queries[3], updates["gd"]
+    zsl, icl = (capture(bundled, [query], context=context) for context in (None, episode.demonstrations))
+    ft = capture(bundled, [query], update=update)
+    expected = sim_am_delta(icl, ft, zsl)[0]
+    ranked = rank_heads(icl, ft, zsl)
+    assert [value for _, _, value in ranked] == sorted((value for _, _, value in ranked), reverse=True)
+    assert all(value == pytest.approx(float(expected[layer, head])) for layer, head, value in ranked)
+    assert len(ranked) == int((~expected.isnan()).sum())
+    found = properties(changed_heads(bundled, query, episode.demonstrations, update, top=3))
+    assert found["attentionHeadNames"] == [f"L{layer}H{head} {value:+.2f}" for layer, head, value in ranked[:3]]
+    with torch.no_grad():
+        _, before = bundled.run_with_cache(query.tokens[None])
+        with update.attached(bundled):
+            _, after = bundled.run_with_cache(query.tokens[None])
+    layer, head, _ = ranked[2]
+    change = (after["pattern", layer] - before["pattern", layer])[0, head]
+    assert torch.tensor(found["attention"][2]) == pytest.approx(change.numpy(), rel=6e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model, query: attention_patterns(model, query, 9), "there is no layer 9"),
+        (lambda model, query: changed_heads(model, query, (), None, top=0), "top must be at least 1"),
+    ],
+)
+def test_bad_input_is_named(bundled, episode, call, message):
+    with pytest.raises((IndexError, ValueError), match=message):
+        call(bundled, episode.queries[0])
+
+
+def test_a_model_without_a_tokenizer_shows_numbers():
+    model = make_model()
+    query = make_queries((4,))[0]
+    assert properties(attention_patterns(model, query, 0))["tokens"] == [str(token) for token in query.tokens.tolist()]
+
+
+def test_json_in_a_script_cannot_end_it():
+    assert "<" not in script_json({"a": MARKUP})
+    assert json.loads(script_json({"a": MARKUP})) == {"a": MARKUP}
+
+
+def with_markup(example: AttentionExample) -> AttentionExample:
+    """The same, with markup for a label, a query, and a demonstration's first token."""
+    first = (MARKUP, *example.demonstrations[0][1:])
+    asked = {"text": MARKUP, "predicted": MARKUP, "gold": None}
+    return replace(
+        example,
+        demonstrations=(first, *example.demonstrations[1:]),
+        labels=(MARKUP, *example.labels[1:]),
+        queries=(asked, *example.queries[1:]),
+    )
+
+
+def test_views_are_drawn_offline_and_switch(chromium, example, tmp_path):
+    path = example.view().save(tmp_path / "view.html")
+    with opened(chromium, path) as shown:
+        cells = shown.locator(".iclgd-tokens")
+        assert cells.count() == 3 * len(example.demonstrations)
+        spans = cells.nth(1).locator(".colored-tokens span span")
+        assert [text.replace("\xa0", " ") for text in spans.all_text_contents()] == list(example.demonstrations[0])
+
+        def colours() -> list[str]:
+            script = "spans => spans.map(span => getComputedStyle(span).backgroundColor)"
+            return shown.locator(".colored-tokens span span").evaluate_all(script)
+
+        seen = [colours()]
+        assert len(set(seen[0])) > 10
+        for name, option in (("layer", "0"), ("head", "2"), ("query", "1")):
+            shown.select_option(f"select[name={name}]", option)
+            shown.wait_for_timeout(200)
+            seen.append(colours())
+            assert seen[-1] != seen[-2], name
+        assert shown.locator(".iclgd-about").text_content().startswith(example.queries[1]["text"].strip())
+
+
+def test_the_darkest_token_is_the_heaviest(chromium, example, tmp_path):
+    weights = decoded(example)[1, 0, -1, 0]
+    with opened(chromium, example.view().save(tmp_path / "view.html")) as shown:
+        brightness = shown.locator("[data-method=GD] .colored-tokens span span").evaluate_all(
+            "spans => spans.map(span => getComputedStyle(span).backgroundColor.match(/\\d+/g).reduce((sum, x) => sum + +x, 0))"
+        )
+    assert len(brightness) == len(weights)
+    assert int(np.argmin(brightness)) == int(np.argmax(weights))
+
+
+@pytest.mark.parametrize("width", [1280, 700])
+def test_markup_in_data_stays_text(chromium, example, tmp_path, width):
+    with opened(chromium, with_markup(example).view().save(tmp_path / "view.html"), width) as shown:
+        token = shown.locator("[data-method=ICL] .colored-tokens span span").first
+        assert token.text_content().replace("\xa0", " ") == MARKUP
+        assert shown.locator(".iclgd-label").first.text_content() == MARKUP
+        assert shown.locator(".iclgd-about").text_content() == f"{MARKUP} → in-context {MARKUP}"
+        assert shown.locator("img").count() == 0
+        assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_several_views_stand_on_one_page(chromium, bundled, episode, updates, example, tmp_path):
+    query = episode.queries[0]
+    views = [
+        attention_patterns(bundled, query, 1),
+        example.view(),
+        changed_heads(bundled, query, episode.demonstrations, updates["lcgd"]),
+    ]
+    path = tmp_path / "page.html"
+    path.write_text(page("views", "\n".join(view._repr_html_() for view in views)))
+    with opened(chromium, path) as shown:
+        assert shown.locator(".iclgd-view").count() == 3
+        assert shown.locator(".iclgd-view .iclgd-view").count() == 0
+        assert shown.locator("canvas").count() == (4 + 1) + (8 + 1)
+        pixels = "canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data"
+        assert all(shown.locator("canvas").evaluate_all(f"all => all.map(canvas => {pixels}.some(Boolean))"))
+        assert shown.locator(".colored-tokens").count() == 3 * len(example.demonstrations)
+
+
+def test_demonstrations_with_markup_go_all_the_way(chromium, bundled, tmp_path):
+    rows = [{"text": f"{word} {MARKUP}", "label": label} for word, label in (("lion", 0), ("bread", 1)) for _ in range(8)]
+    task = Task.from_rows(rows, name="hostile", template="Words: {text} Label:", labels={0: "alpha", 1: "beta"})
+    episode = task.episode(bundled, k=3, n_queries=4, seed=0)
+    shown = attention_example(bundled, episode, {"lcgd": lcgd(bundled, episode.demonstrations, lr=0.1)})
+    with opened(chromium, shown.view().save(tmp_path / "view.html")) as page_:
+        assert page_.locator("img").count() == 0
