@@ -22,13 +22,24 @@ from .kernels.constructed import (
     regression_step,
 )
 from .kernels.functional import Alignment, align_trajectories, functional_gd
-from .kernels.implied import Agreement, agreement, by_demonstration, icl_attention, implied_attention, proxy_attention
+from .kernels.implied import (
+    Agreement,
+    agreement,
+    by_demonstration,
+    demonstration_queries,
+    icl_attention,
+    implied_attention,
+    other_demonstrations,
+    proxy_attention,
+    without_ends,
+)
 from .kernels.labels import (
     ChosenHead,
     choose_head,
     hidden_kernel,
     kernel_ridge,
     label_agreement,
+    label_correlation,
     label_kernel,
     label_regression,
     median_bandwidth,
@@ -91,6 +102,7 @@ __all__ = [
     "compare",
     "correct",
     "decompose",
+    "demonstration_queries",
     "functional_gd",
     "gaussian_smoother",
     "gd",
@@ -101,6 +113,7 @@ __all__ = [
     "kendall_tau",
     "kernel_ridge",
     "label_agreement",
+    "label_correlation",
     "label_kernel",
     "label_regression",
     "label_step",
@@ -111,6 +124,7 @@ __all__ = [
     "load_task",
     "median_bandwidth",
     "nadaraya_watson",
+    "other_demonstrations",
     "own_layer_change",
     "paired_difference",
     "positive_control",
@@ -137,4 +151,5 @@ __all__ = [
     "task_names",
     "top_k_recall",
     "untrained_twin",
+    "without_ends",
 ]

@@ -89,9 +89,10 @@ def kernels(
                 )
                 frames.append(found.frame)
                 problems.append(found.problems)
+                # After every episode, so that what is done stays if the next one fails.
+                write_frame(pd.concat(frames, ignore_index=True), results)
             known = positive_control(seed)
         frame, diverged = (pd.concat(parts, ignore_index=True) for parts in (frames, problems))
-        write_frame(frame, results)
     console.print(
         f"{task}, {counted(episodes, 'episode')} of {listed(frame['k'])} demonstrations and {listed(frame['n_queries'])} queries, "
         f"lr {rate:g}, loss on the {loss_on}, readout over {readout}, model {model}.",

@@ -11,6 +11,8 @@ so the position of every label is known, and a query's tokens are the same with 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from string import Formatter
@@ -94,6 +96,12 @@ def context_tokens(demonstrations: Sequence[Demonstration]) -> Int[Tensor, "pos"
         raise ValueError(f"every demonstration must begin with the same BOS token; got {sorted(starts)}")
     bodies = [torch.cat([demonstration.tokens[1:], demonstration.separator]) for demonstration in demonstrations]
     return torch.cat([demonstrations[0].tokens[:1], *bodies])
+
+
+def demonstrations_digest(demonstrations: Sequence[Demonstration]) -> str:
+    """Tell demonstrations apart, in 16 hex digits: equal for equal tokens in equal order."""
+    parts = [(each.tokens.tolist(), each.n_label_tokens, each.separator.tolist()) for each in demonstrations]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ what attribution reads, and per query, layer and head one number per metric and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +19,18 @@ from transformer_lens import HookedTransformer
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.experiments.measure import Row, metric_rows
-from iclgd_lens.kernels.implied import agreement, by_demonstration, icl_attention, implied_attention, proxy_attention
+from iclgd_lens.kernels.implied import (
+    Agreement,
+    Reading,
+    agreement,
+    by_demonstration,
+    demonstration_queries,
+    icl_attention,
+    implied_attention,
+    other_demonstrations,
+    proxy_attention,
+    without_ends,
+)
 from iclgd_lens.kernels.smoother import decompose
 from iclgd_lens.metrics.ranking import shuffled_weights
 from iclgd_lens.metrics.similarity import OUTPUT_ROUNDING, cosine, difference
@@ -80,6 +92,7 @@ def attention_views(
         keep=["head_out", "demonstration_out", "demonstration_attention", "label_attention", "context_scores", "lens_logits"],
         batch_size=BATCH,
     )
+    trained = demonstration_queries(model, demonstrations)
     values: Values = defaultdict(list)
     order: list[Int[Tensor, "batch"]] = []
     kept: dict[str, list[Tensor]] = defaultdict(list)
@@ -89,19 +102,20 @@ def attention_views(
             kept[name].append(icl.kept[name])
         for metric, value in _smoothing(icl, zsl):
             values["icl", "none", metric].append(value)
+        attention = icl_attention(icl, demonstrations)
+        readings = {("icl", "proxy"): proxy_attention(model, zsl, trained)}
         for method, update in updates.items():
             attribution = update.attribution(zsl)
             actual = difference(runs[method].attn_out[rows], runs["zsl"].attn_out[rows], OUTPUT_ROUNDING)
             for metric, value in _first_order(attribution, actual):
                 values[method, "none", metric].append(value)
-            readings = {
-                "contribution": implied_attention(attribution, demonstrations),
-                "coefficient": implied_attention(attribution, demonstrations, "coefficient"),
-                "proxy": proxy_attention(model, update, zsl, demonstrations),
-            }
-            seed = len(episode.queries) * episode.seed + number
-            for control, metric, value in _implied(icl_attention(icl, demonstrations), readings, demonstrations, seed):
-                values[method, control, metric].append(value)
+            for reading in get_args(Reading):
+                readings[method, reading] = implied_attention(attribution, demonstrations, reading)
+        seed = len(episode.queries) * episode.seed + number
+        for (method, reading), implied in readings.items():
+            for level, control, found in _implied(attention, implied, demonstrations, seed):
+                for statistic in STATISTICS:
+                    values[method, control, f"{reading}_{level}_{statistic}"].append(getattr(found, statistic))
     back = torch.cat(order).argsort().to(model.cfg.device)
     table: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for (method, control, metric), batches in values.items():
@@ -132,17 +146,22 @@ def _first_order(
 
 def _implied(
     icl: Float[Tensor, "batch layer head token"],
-    readings: Mapping[str, Float[Tensor, "batch layer head token"]],
+    implied: Float[Tensor, "batch layer head token"],
     demonstrations: Sequence[Demonstration],
     seed: int,
-) -> Iterator[tuple[str, str, Float[Tensor, "batch layer head"]]]:
-    """Agreement of every reading of implied attention with in-context attention, beside the same with the weights of tokens dealt
-    out anew. Summed by demonstration, these still favour long demonstrations, as any weighting of tokens does.
+) -> Iterator[tuple[str, str, Agreement]]:
+    """Agreement of implied with in-context attention by token, by token but each demonstration's last, and by demonstration, under
+    each control. Weights dealt out to tokens anew, and then summed by demonstration, still favour long demonstrations, as any
+    weighting of tokens does; those of other demonstrations still favour the places that are favoured in all.
     """
-    for reading, implied in readings.items():
-        for control, weights in (("none", implied), ("random", shuffled_weights(implied, seed))):
-            for level in ("token", "demonstration"):
-                a, b = (each if level == "token" else by_demonstration(each, demonstrations) for each in (icl, weights))
-                found = agreement(a, b)
-                for statistic in STATISTICS:
-                    yield control, f"{reading}_{level}_{statistic}", getattr(found, statistic)
+    controls = {
+        "none": implied,
+        "random": shuffled_weights(implied, seed),
+        "other_demonstrations": other_demonstrations(implied, demonstrations, seed),
+    }
+    levels: dict[str, Callable[..., Tensor]] = {"token": lambda weights, _: weights, "demonstration": by_demonstration}
+    if sum(len(each.tokens) - 2 for each in demonstrations) > 1:
+        levels["inner"] = without_ends
+    for level, at in levels.items():
+        for control, weights in controls.items():
+            yield level, control, agreement(at(icl, demonstrations), at(weights, demonstrations))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +27,10 @@ from iclgd_lens.kernels.labels import (
     hidden_kernel,
     kernel_ridge,
     label_agreement,
+    label_correlation,
     label_kernel,
     label_regression,
+    median_bandwidth,
     one_hot_labels,
 )
 from iclgd_lens.kernels.linearity import label_step, linearity, own_layer_change
@@ -73,15 +76,16 @@ class Labels:
         """Read the labels of an episode.
 
         Raises:
-            ValueError: If a demonstration or a query has no class index.
+            ValueError: If a demonstration or a query has no class index, or one that is not of the label words'.
         """
-        demonstrations = _known("demonstration", [each.label for each in episode.demonstrations])
-        queries = _known("query", [each.label for each in episode.queries])
+        count = len(episode.label_words)
+        demonstrations = _known("demonstration", [each.label for each in episode.demonstrations], count)
+        queries = _known("query", [each.label for each in episode.queries], count)
         # Among the shuffles may be the order as it is: without it, few demonstrations would be labelled worse than by chance.
         rng = random.Random(f"labels of demonstrations/{episode.seed}")
         alike = bool((demonstrations == demonstrations[0]).all())
         dealt = [torch.tensor(shuffled(rng, demonstrations.tolist())) for _ in range(0 if alike else SHUFFLES)]
-        return cls(demonstrations, queries, len(episode.label_words), tuple(dealt))
+        return cls(demonstrations, queries, count, tuple(dealt))
 
     @property
     def controls(self) -> dict[str, tuple[Int[Tensor, "demonstration"], ...]]:
@@ -89,9 +93,12 @@ class Labels:
         return {"none": (self.demonstrations,)} | ({"shuffled_labels": self.shuffled} if self.shuffled else {})
 
 
-def _known(kind: str, labels: Sequence[int | None]) -> Int[Tensor, "example"]:
-    if None in labels:
-        raise ValueError(f"{kind} {labels.index(None)} has no label index, which kernel regression of labels needs")
+def _known(kind: str, labels: Sequence[int | None], count: int) -> Int[Tensor, "example"]:
+    for number, label in enumerate(labels):
+        if label is None:
+            raise ValueError(f"{kind} {number} has no label index, which kernel regression of labels needs")
+        if not 0 <= label < count:
+            raise ValueError(f"{kind} {number} has the label index {label}, but there are {count} label words, counted from 0")
     return torch.tensor(labels)
 
 
@@ -126,7 +133,7 @@ def head_rows(
                     (f"{name}_head_{metric}", whole),
                     (f"{name}_layer_{metric}", each.nanmean(dim=0, keepdim=True)),
                 ):
-                    yield from ((method, control, row | {"n": best[0].scored_on}) for row in metric_rows(label, values))
+                    yield from ((method, control, _counted(row, best[0].scored_on)) for row in metric_rows(label, values))
             if control == "none":
                 found = rearrange(label_agreement(estimates[0], target), "layer head query -> query layer head")
                 for label, values in (
@@ -136,11 +143,16 @@ def head_rows(
                     yield from ((method, "random", row) for row in metric_rows(label, values))
 
 
+def _counted(row: Row, n_queries: int) -> Row:
+    """A row of a value over so many queries, all of them defined or none."""
+    return row | {"n": n_queries * row["n"], "undefined": n_queries * row["undefined"]}
+
+
 def majority_rows(targets: Mapping[str, Float[Tensor, "query label"]]) -> MetricRows:
     """What always giving the commonest label scores: the share of queries that a run, or the gold labels, give it."""
     for method, target in targets.items():
         share = one_hot_labels(target.argmax(dim=-1), target.shape[-1]).mean(dim=0).max()
-        yield from ((method, "none", row | {"n": len(target)}) for row in metric_rows("majority_agreement", share[None]))
+        yield from ((method, "none", _counted(row, len(target))) for row in metric_rows("majority_agreement", share[None]))
 
 
 def hidden_rows(
@@ -153,21 +165,47 @@ def hidden_rows(
     the RBF kernel.
     """
     points, asking = (rearrange(x, "example layer d_model -> layer example d_model") for x in (demonstrations, queries))
-    kernels = {kind: hidden_kernel(asking, points, kind) for kind in get_args(HiddenKernel)}
-    among = hidden_kernel(points, points, "rbf")
+    kernels = {kind: _kernels(asking, points, kind) for kind in get_args(HiddenKernel)}
+    among = _kernels(points, points, "rbf")
     for control, dealt in labels.controls.items():
         estimates: dict[str, list[Float[Tensor, "layer query label"]]] = defaultdict(list)
         for each in dealt:
+            regress = partial(label_regression, labels=each.to(points.device), n_labels=labels.count)
             for kind, kernel in kernels.items():
-                estimates[kind].append(label_regression(kernel, each.to(kernel.device), labels.count))
-            onehot = one_hot_labels(each, labels.count)
-            pairs = zip(among, kernels["rbf"], strict=True)
-            estimates["ridge"].append(torch.stack([kernel_ridge(between, to, onehot, RIDGE) for between, to in pairs]))
+                estimates[kind].append(_where_defined(regress, [kernel], labels.count))
+            ridge = partial(kernel_ridge, values=one_hot_labels(each, labels.count), ridge=RIDGE)
+            estimates["ridge"].append(_where_defined(ridge, [among, kernels["rbf"]], labels.count))
         for method, target in targets.items():
             for kind, found in estimates.items():
-                agreed = label_agreement(torch.stack(found), target).nanmean(dim=0)
-                rows = metric_rows(f"hidden_{kind}_agreement", rearrange(agreed, "layer query -> query layer"))
-                yield from ((method, control, row) for row in rows)
+                stacked = torch.stack(found)
+                agreed = rearrange(label_agreement(stacked, target).nanmean(dim=0), "layer query -> query layer")
+                yield from ((method, control, row) for row in metric_rows(f"hidden_{kind}_agreement", agreed))
+                correlated = metric_rows(f"hidden_{kind}_correlation", label_correlation(stacked, target).nanmean(dim=0)[None])
+                yield from ((method, control, _counted(row, len(target))) for row in correlated)
+
+
+def _kernels(
+    queries: Float[Tensor, "layer query d_model"], points: Float[Tensor, "layer point d_model"], kind: HiddenKernel
+) -> Float[Tensor, "layer query point"]:
+    """Kernels of hidden states, layer by layer; NaN in layers where the points do not differ enough to have a bandwidth."""
+    if kind != "rbf":
+        return hidden_kernel(queries, points, kind)
+    found = wide(queries).new_full((*queries.shape[:2], points.shape[1]), torch.nan)
+    differing = median_bandwidth(points) > 0
+    if bool(differing.any()):
+        found[differing] = hidden_kernel(queries[differing], points[differing], kind)
+    return found
+
+
+def _where_defined(
+    estimate: Callable[..., Float[Tensor, "query label"]], kernels: Sequence[Float[Tensor, "layer row point"]], n_labels: int
+) -> Float[Tensor, "layer query label"]:
+    """Estimate layer by layer, from kernels of which the last is that of the queries; NaN where one is not finite."""
+    found = kernels[-1].new_full((*kernels[-1].shape[:2], n_labels), torch.nan)
+    for layer, of_layer in enumerate(zip(*kernels, strict=True)):
+        if all(bool(kernel.isfinite().all()) for kernel in of_layer):
+            found[layer] = estimate(*of_layer)
+    return found
 
 
 def tangent_rows(
@@ -179,38 +217,51 @@ def tangent_rows(
 ) -> MetricRows:
     """How well the tangent kernel predicts what a layer-causal step on the labels does to label logits, at a rate and below it.
 
+    The step is one on the sum of the demonstrations' losses, as the prediction is, whatever the schedule of the update; its loss is
+    on the first tokens of labels. Where the update's demonstrations follow one another, `tangent_online_…` is about such a step.
+    Errors are given as their logarithms, since they differ by orders of magnitude.
+
     Args:
         model: The model.
         episode: The demonstrations and queries.
         kernel: Their tangent kernel.
-        settings: The learning rate, schedule and parameters of the step; its loss is on the first tokens of labels.
+        settings: The learning rate, schedule and parameters of the update in use.
         attempt: Makes an update; None where it diverges, which then has no rows.
     """
-    before = capture(model, episode.queries, keep=["lens_logits"]).lens_logits
+    rng = random.Random(f"tangent/{episode.seed}")
+    orders = [shuffled(rng, range(episode.k)) for _ in range(SHUFFLES)]
+    n_queries = len(episode.queries)
     for ending, part in SMALLER_RATES.items():
-        step = attempt(
-            partial(
-                label_step,
-                model,
-                episode.demonstrations,
-                episode.queries,
-                lr=settings.lr * part,
-                schedule=settings.schedule,
-                parameters=settings.parameters,
-            )
-        )
-        if step is None:
-            continue
-        after = capture(model, episode.queries, update=step, keep=["lens_logits"]).lens_logits
-        changes = {
-            "tangent": own_layer_change(model, step, episode.queries),
-            "tangent_all_layers": rearrange(after - before, "query layer label -> layer query label"),
-        }
-        for name, actual in changes.items():
-            found = linearity(kernel.prediction(step.settings.lr), actual.to(kernel.to_queries))
-            for metric in ("error", "cosine"):
-                rows = metric_rows(f"{name}_{metric}{ending}", getattr(found, metric)[None])
-                yield from (("lcgd", "none", row | {"n": len(episode.queries)}) for row in rows)
+        lr = settings.lr * part
+        make = partial(label_step, model, episode.demonstrations, episode.queries, lr=lr, parameters=settings.parameters)
+        predicted = kernel.prediction(lr)
+        if (step := attempt(partial(make, schedule="batch"))) is not None:
+            own = own_layer_change(model, step, episode.queries).to(predicted)
+            after = capture(model, episode.queries, update=step, keep=["lens_logits"]).lens_logits
+            whole = rearrange(after, "query layer label -> layer query label").to(predicted) - kernel.query_logits
+            at_random = [_error_and_cosine(kernel.shuffled(order).prediction(lr), own) for order in orders]
+            for name, control, values in (
+                ("tangent", "none", _error_and_cosine(predicted, own)),
+                ("tangent", "random", torch.stack(at_random).nanmean(dim=0)),
+                ("tangent_all_layers", "none", _error_and_cosine(predicted, whole)),
+            ):
+                yield from _tangent(name, ending, control, values, n_queries)
+        if settings.schedule == "online" and (step := attempt(partial(make, schedule="online"))) is not None:
+            own = own_layer_change(model, step, episode.queries).to(predicted)
+            yield from _tangent("tangent_online", ending, "none", _error_and_cosine(predicted, own), n_queries)
+
+
+def _error_and_cosine(
+    predicted: Float[Tensor, "layer query label"], actual: Float[Tensor, "layer query label"]
+) -> Float[Tensor, "two layer"]:
+    found = linearity(predicted, actual)
+    return torch.stack([found.error.log10(), found.cosine])
+
+
+def _tangent(name: str, ending: str, control: str, values: Float[Tensor, "two layer"], n_queries: int) -> MetricRows:
+    for metric, by_layer in zip(("log10_error", "cosine"), values, strict=True):
+        rows = metric_rows(f"{name}_{metric}{ending}", by_layer[None])
+        yield from (("lcgd", control, _counted(row, n_queries)) for row in rows)
 
 
 def alignment_rows(
@@ -242,28 +293,40 @@ def trajectory_rows(
 ) -> MetricRows:
     """How well the layers of the in-context run go with iterates of functional gradient descent, by kernels of the last layer."""
     layers = rearrange(wide(lens_logits), "query layer label -> layer query label").softmax(dim=-1)
-    between, to = (hidden_kernel(x[:, -1], demonstrations[:, -1], "rbf") for x in (demonstrations, queries))
+    descents: dict[str, Callable[..., Float[Tensor, "iterate query label"]]] = {}
+    points, asking = (x[:, -1] for x in (demonstrations, queries))
+    if float(median_bandwidth(points)) > 0:
+        between, to = (hidden_kernel(x, points, "rbf") for x in (points, asking))
+        descents["trajectory_hidden"] = partial(functional_gd, between, to, lr=_stable_rate(between), steps=STEPS)
     theta = kernel.between[-1]
-    by_hidden = partial(functional_gd, between, to, lr=_stable_rate(between), steps=STEPS)
-    by_tangent = partial(
-        functional_gd,
-        theta,
-        kernel.to_queries[-1],
-        lr=_stable_rate(rearrange(theta, "a b c d -> (a c) (b d)")),
-        steps=STEPS,
-        start_points=kernel.demonstration_logits[-1],
-        start_queries=kernel.query_logits[-1],
-    )
+    rate = _stable_rate(rearrange(theta, "a b c d -> (a c) (b d)"))
+    if math.isfinite(rate):
+        descents["trajectory_tangent"] = partial(
+            functional_gd,
+            theta,
+            kernel.to_queries[-1],
+            lr=rate,
+            steps=STEPS,
+            start_points=kernel.demonstration_logits[-1],
+            start_queries=kernel.query_logits[-1],
+        )
     for control, dealt in labels.controls.items():
-        targets = [one_hot_labels(each, labels.count).to(between) for each in dealt]
-        for name, descend in (("trajectory_hidden", by_hidden), ("trajectory_tangent", by_tangent)):
+        targets = [one_hot_labels(each, labels.count).to(theta) for each in dealt]
+        for name, descend in descents.items():
             found = [align_trajectories(layers, descend(targets=target).softmax(dim=-1)) for target in targets]
             yield from _trajectory(name, "icl", control, found, len(queries))
 
 
+VANISHED = 1e-10
+"""A tangent kernel no larger than this is what rounding leaves of none."""
+
+
 def _stable_rate(kernel: Float[Tensor, "point point"]) -> float:
-    """A learning rate for the cross-entropy, half of the largest stable one: its Hessian by the function is at most ½."""
-    return 2 / float(torch.linalg.eigvalsh(kernel.double())[-1])
+    """A learning rate for the cross-entropy, half of the largest stable one: its Hessian by the function is at most ½. Infinite for
+    a kernel that has vanished.
+    """
+    largest = float(torch.linalg.eigvalsh(kernel.double())[-1])
+    return 2 / largest if largest > VANISHED else math.inf
 
 
 def epoch_rows(
@@ -295,4 +358,4 @@ def _trajectory(name: str, method: str, control: str, found: Sequence[Alignment]
     score = torch.tensor([alignment.score for alignment in found]).mean(dim=0, keepdim=True)
     match = torch.stack([alignment.match for alignment in found]).double().mean(dim=0, keepdim=True)
     for metric, values in ((f"{name}_score", score), (f"{name}_match", match)):
-        yield from ((method, control, row | {"n": n_queries}) for row in metric_rows(metric, values))
+        yield from ((method, control, _counted(row, n_queries)) for row in metric_rows(metric, values))

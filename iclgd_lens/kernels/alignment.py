@@ -1,7 +1,7 @@
 """Centred kernel alignment: whether two kernels order the same pairs alike.
 
-`CKA(A, B) = ⟨A', B'⟩ / (‖A'‖ ‖B'‖)` with rows and columns centred (Cortes et al. 2012, section 2.2; Kornblith et al. 2019,
-equation 1). Here rows are queries and columns demonstrations, so kernels need not be square; for a square symmetric kernel this is
+`CKA(A, B) = ⟨A', B'⟩ / (‖A'‖ ‖B'‖)` with rows and columns centred (Cortes et al. 2012; Kornblith et al. 2019). Here
+rows are queries and columns demonstrations, so kernels need not be square; for a square symmetric kernel this is
 the usual one.
 """
 

@@ -6,7 +6,7 @@ BOS and at queries; a single head reads x for its scores and y for its values. T
 - **One step of gradient descent** (von Oswald et al. 2023, arXiv 2212.07677, Proposition 1). Linear attention adds `Σᵢ yᵢ ⟨xᵢ, x⟩`
   at a query x, up to a factor, and one step on `½ Σᵢ ‖W xᵢ − yᵢ‖²` from W = 0 makes `W x = lr Σᵢ yᵢ ⟨xᵢ, x⟩`. `positive_control`
   says what SimAOU reads where in-context learning *is* gradient descent.
-- **A Gaussian kernel smoother** (Tsai et al. 2019, section 3.1). For x of length 1, `exp(x·x' / σ²)` is `exp(−‖x − x'‖² / 2σ²)` up
+- **A Gaussian kernel smoother** (Tsai et al. 2019, section 2.2). For x of length 1, `exp(x·x' / σ²)` is `exp(−‖x − x'‖² / 2σ²)` up
   to a factor, so softmax attention is the Nadaraya–Watson estimator with a Gaussian kernel of bandwidth σ. `gaussian_smoother`
   makes it.
 
@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from iclgd_lens.data.prompts import Demonstration, Query
+from iclgd_lens.data.prompts import Demonstration, Query, demonstrations_digest
 from iclgd_lens.kernels.smoother import nadaraya_watson
 from iclgd_lens.metrics.similarity import sim_aou
 from iclgd_lens.models.fingerprint import fingerprint
@@ -127,6 +127,7 @@ def regression_step(
         losses=y.square().sum(dim=-1) / 2,
         settings=UpdateSettings("gd", lr, "demonstration", "vocab", "batch", 1, ("W_V",)),
         fingerprint=fingerprint(model),
+        examples=demonstrations_digest(_demonstrations(examples)),
     )
 
 

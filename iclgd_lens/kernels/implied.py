@@ -8,31 +8,36 @@ attention too (Dai et al. 2023, sections 3 and 4.2; Irie et al. 2022, section 3)
 - `"coefficient"`: the linear attention `Σⱼ A(q, j) (⟨xᵢ, xⱼ⟩ + 1)` that multiplies the token's error at the values. It may be
   negative.
 - the *proxy* of Dai et al. 2023 (section 4.2, the authors' code): the softmax over training tokens of the inner product of their
-  attention queries with that of the query's last token. It knows nothing of errors or of the update.
+  attention queries with that of the query's last token, both on the model as it is. It knows nothing of any update.
 
 Compared are the tokens that both have: those of the demonstrations behind BOS, without separators. A token that nothing in the loss
-attends to, such as a label's last one, has no error, so gradient steps pay it no attention, whatever in-context learning does.
+attends to, such as a label's last one, has no error, so gradient steps pay it no attention, whatever in-context learning does;
+`without_ends` leaves these tokens out. Much of what two weightings share comes of where tokens stand: `other_demonstrations` is the
+baseline that keeps it.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from iclgd_lens.data.prompts import ContextLayout, Demonstration
+from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, demonstrations_digest
+from iclgd_lens.draws import reordered
 from iclgd_lens.metrics.ranking import kendall_tau, spearman_rho, top_k_recall, weight_cosine
+from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.precision import wide
 from iclgd_lens.models.sites import HookSites
-from iclgd_lens.runs.activations import Activations
+from iclgd_lens.runs.activations import Activations, require_context, require_not_updated
+from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.attribution import Attribution
-from iclgd_lens.updates.dual import ParameterUpdate
 
 Reading = Literal["contribution", "coefficient"]
 
@@ -81,14 +86,10 @@ def icl_attention(icl: Activations, demonstrations: Sequence[Demonstration]) -> 
         demonstrations: The context.
 
     Raises:
-        ValueError: If the run has another context.
+        ValueError: If the run has other demonstrations, or these in another order.
     """
+    require_context(icl, demonstrations)
     layout = ContextLayout.of(demonstrations)
-    if icl.context_scores.shape[-1] != len(layout.position):
-        raise ValueError(
-            f"the run has a context of {icl.context_scores.shape[-1]} tokens behind BOS, and these demonstrations make "
-            f"{len(layout.position)}; pass the demonstrations that it ran with"
-        )
     return wide(icl.context_scores).softmax(dim=-1)[..., (layout.position > 0).to(icl.labels.device)]
 
 
@@ -115,32 +116,93 @@ def implied_attention(
     return summed.index_add_(-1, places[behind_bos], weights[..., behind_bos])
 
 
+def demonstration_queries(
+    model: HookedTransformer, demonstrations: Sequence[Demonstration]
+) -> Float[Tensor, "layer token head d_head"]:
+    """The attention queries of the demonstrations' tokens behind BOS, each demonstration being run on its own: what
+    `proxy_attention` compares with. They are `x W_Q + b_Q`, before any rotation.
+
+    Held are, beside what is returned, `token × layer × d_model` numbers.
+
+    Raises:
+        ValueError: If there are no demonstrations, or as `capture`.
+    """
+    if not demonstrations:
+        raise ValueError("no demonstrations: the proxy needs at least one")
+    run = capture(model, [Query(each.tokens) for each in demonstrations], keep=["own_inputs"])
+    lengths = torch.tensor([len(each.tokens) - 1 for each in demonstrations], device=run.labels.device)
+    # Prompts are right-aligned, so that BOS and padding are in front.
+    from_end = torch.arange(run.own_inputs.shape[2], 0, -1, device=lengths.device)
+    inputs = rearrange(run.own_inputs, "demonstration layer pos d_model -> demonstration pos layer d_model")[
+        from_end <= lengths[:, None]
+    ]
+    sites = HookSites.of(model)
+    with torch.no_grad():
+        return torch.stack([wide(sites.project_queries(layer, inputs[:, layer])) for layer in range(sites.n_layers)])
+
+
 @torch.no_grad()
 def proxy_attention(
-    model: HookedTransformer, update: ParameterUpdate, zsl: Activations, demonstrations: Sequence[Demonstration]
+    model: HookedTransformer, zsl: Activations, trained: Float[Tensor, "layer token head d_head"]
 ) -> Float[Tensor, "query layer head token"]:
     """The proxy of Dai et al. 2023 for the attention of a finetuned model to its training tokens (module docstring).
 
-    Attention queries are `x W_Q + b_Q`, before any rotation, with the inputs x that the tokens had in the first epoch. Held at a
-    time, beside what is returned, are `(query + token) × head × d_head` numbers.
-
     Args:
         model: The model.
-        update: Its update, which knows the training tokens' inputs.
         zsl: The queries zero-shot, captured with `keep=["own_inputs"]`.
-        demonstrations: What the update was made on.
+        trained: `demonstration_queries(model, demonstrations)`.
 
     Raises:
-        ValueError: If the update was made on other demonstrations.
+        ValueError: If the run is of another model, or was made under an update.
     """
+    require_not_updated(zsl=zsl)
+    if zsl.model != (found := fingerprint(model)):
+        raise ValueError(f"the run is of another model: its fingerprint is {zsl.model}, and this one's is {found}")
     sites = HookSites.of(model)
-    places = _places(update, demonstrations)[: sum(len(demonstration.tokens) for demonstration in demonstrations)]
     layers = []
     for layer in range(sites.n_layers):
-        trained = wide(sites.project_queries(layer, update.inputs[layer, : len(places)][places >= 0]))
         asking = wide(sites.project_queries(layer, zsl.own_inputs[:, layer, -1]))
-        layers.append(einsum(asking, trained, "query head d_head, token head d_head -> query head token").softmax(dim=-1))
+        layers.append(einsum(asking, trained[layer], "query head d_head, token head d_head -> query head token").softmax(dim=-1))
     return torch.stack(layers, dim=1)
+
+
+def without_ends(weights: Float[Tensor, "*batch token"], demonstrations: Sequence[Demonstration]) -> Float[Tensor, "*batch inner"]:
+    """Leave out each demonstration's last token, which a gradient step pays nothing.
+
+    Raises:
+        ValueError: If there are not as many weights as tokens.
+    """
+    lengths = _lengths(weights, demonstrations)
+    inner = torch.ones(sum(lengths), dtype=torch.bool, device=weights.device)
+    inner[torch.tensor(lengths).cumsum(0).to(weights.device) - 1] = False
+    return weights[..., inner]
+
+
+def other_demonstrations(
+    weights: Float[Tensor, "*batch token"], demonstrations: Sequence[Demonstration], seed: int = 0
+) -> Float[Tensor, "*batch token"]:
+    """Give every demonstration the weights of another, token by token from the end: the baseline that keeps what comes of where in
+    a demonstration a token stands. Where the other is shorter, its first token's weight is repeated.
+
+    Args:
+        weights: Weights of the demonstrations' tokens behind BOS.
+        demonstrations: The demonstrations.
+        seed: Seeds whose weights each gets; the same for all rows.
+
+    Raises:
+        ValueError: If there are not as many weights as tokens, or there is only one demonstration.
+    """
+    lengths = _lengths(weights, demonstrations)
+    if len(lengths) < 2:
+        raise ValueError("one demonstration cannot have another's weights; give two or more")
+    ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
+    order = reordered(random.Random(f"other demonstrations/{seed}"), range(len(lengths)))
+    index = [
+        ends[other] - min(from_end, lengths[other])
+        for length, other in zip(lengths, order, strict=True)
+        for from_end in range(length, 0, -1)
+    ]
+    return weights[..., torch.tensor(index, device=weights.device)]
 
 
 def by_demonstration(
@@ -151,22 +213,23 @@ def by_demonstration(
     Raises:
         ValueError: If there are not as many weights as tokens.
     """
-    lengths = [len(demonstration.tokens) - 1 for demonstration in demonstrations]
-    if weights.shape[-1] != sum(lengths):
-        raise ValueError(f"there are {weights.shape[-1]} weights for {sum(lengths)} tokens behind BOS")
+    lengths = _lengths(weights, demonstrations)
     return torch.stack([part.sum(dim=-1) for part in weights.split(lengths, dim=-1)], dim=-1)
 
 
-def _places(trained: Attribution | ParameterUpdate, demonstrations: Sequence[Demonstration]) -> Int[Tensor, "trained"]:
+def _lengths(weights: Float[Tensor, "*batch token"], demonstrations: Sequence[Demonstration]) -> list[int]:
+    """How many tokens behind BOS each demonstration has, the weights being theirs."""
+    lengths = [len(demonstration.tokens) - 1 for demonstration in demonstrations]
+    if weights.shape[-1] != sum(lengths):
+        raise ValueError(f"there are {weights.shape[-1]} weights for {sum(lengths)} tokens behind BOS")
+    return lengths
+
+
+def _places(attribution: Attribution, demonstrations: Sequence[Demonstration]) -> Int[Tensor, "trained"]:
     """Where each token of an update stands among the demonstrations' tokens behind BOS; -1 for BOS."""
-    lengths = torch.tensor([len(demonstration.tokens) for demonstration in demonstrations])
-    order = torch.arange(len(lengths)).repeat_interleave(lengths)
-    found = trained.demonstration.cpu()
-    if len(found) % len(order) or not torch.equal(found, order.repeat(len(found) // len(order))):
-        raise ValueError(
-            f"the update was not made on these {len(lengths)} demonstrations of {len(order)} tokens: it has {len(found)} tokens of "
-            f"{int(found.max()) + 1}"
-        )
+    if attribution.examples != demonstrations_digest(demonstrations):
+        raise ValueError("the update was not made on these demonstrations, or on them in another order; pass those it was made on")
+    lengths = torch.tensor([len(demonstration.tokens) for demonstration in demonstrations], device=attribution.position.device)
     before = (lengths - 1).cumsum(0) - (lengths - 1)
-    position = trained.position.cpu()
-    return torch.where(position > 0, before[found] + position - 1, -1).to(trained.position.device)
+    position = attribution.position
+    return torch.where(position > 0, before[attribution.demonstration] + position - 1, -1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -41,7 +42,7 @@ def one_hot_labels(labels: Int[Tensor, "demonstration"], n_labels: int) -> Float
 def label_regression(
     kernel: Float[Tensor, "*batch query demonstration"], labels: Int[Tensor, "demonstration"], n_labels: int
 ) -> Float[Tensor, "*batch query label"]:
-    """Regress the label on the demonstrations' labels, with a kernel (Han et al. 2025, equation 5; Nadaraya 1964, Watson 1964).
+    """Regress the label on the demonstrations' labels, with a kernel (Han et al. 2025; Nadaraya 1964, Watson 1964).
 
     Args:
         kernel: κ of every query with every demonstration, such as `Activations.demonstration_attention` or `label_attention`.
@@ -49,7 +50,7 @@ def label_regression(
         n_labels: How many classes there are.
 
     Returns:
-        For a kernel that is not negative, probabilities; NaN for a query whose weights sum to zero.
+        For a kernel that is not negative, probabilities; NaN for a query whose weights sum to nothing above zero.
 
     Raises:
         ValueError: If a label is out of range, or the kernel is not finite or does not fit.
@@ -94,8 +95,12 @@ def hidden_kernel(
     """
     if kind not in get_args(HiddenKernel):
         raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(HiddenKernel)))}; got {kind!r}")
+    if bandwidth is not None and not isinstance(bandwidth, Real):
+        raise ValueError(f"bandwidth must be a number, got {bandwidth!r}")
     if bandwidth is not None and kind != "rbf":
         raise ValueError(f"only the 'rbf' kernel has a bandwidth; got bandwidth={bandwidth!r} with {kind!r}")
+    if queries.shape[-1] != points.shape[-1]:
+        raise ValueError(f"queries are {queries.shape[-1]} wide and points {points.shape[-1]}; they must be states of one model")
     queries, points = wide(queries), wide(points)
     for name, states in (("queries", queries), ("points", points)):
         if not bool(states.isfinite().all()):
@@ -230,20 +235,26 @@ def choose_head(
     agreed = label_agreement(estimates, target)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(target.device)
     choosing, scoring = order[: n // 2], order[n // 2 :]
-    score = _correlation(estimates[:, :, choosing], target[choosing]).nan_to_num(nan=-2.0)
+    score = label_correlation(estimates[:, :, choosing], target[choosing]).nan_to_num(nan=-2.0)
     layer, head = divmod(int(score.flatten().argmax()), estimates.shape[1])
     chosen = estimates[layer, head, scoring]
     return ChosenHead(
         layer,
         head,
         agreement=float(agreed[layer, head, scoring].nanmean()),
-        correlation=float(_correlation(chosen, target[scoring])),
+        correlation=float(label_correlation(chosen, target[scoring])),
         chosen_on=len(choosing),
         scored_on=len(scoring),
     )
 
 
-def _correlation(estimates: Float[Tensor, "*batch query label"], target: Float[Tensor, "query label"]) -> Float[Tensor, "*batch"]:
+def label_correlation(
+    estimates: Float[Tensor, "*batch query label"], target: Float[Tensor, "query label"]
+) -> Float[Tensor, "*batch"]:
+    """Pearson's correlation of estimates with a run's label probabilities, over queries and labels (Han et al. 2025).
+
+    NaN where one is constant or an entry is not finite.
+    """
     a, b = wide(estimates).flatten(-2), wide(target).flatten()
     a, b = (x - x.mean(dim=-1, keepdim=True) for x in (a, b))
     return cosine(a.masked_fill(a.abs() < 1e-6, 0.0), b.masked_fill(b.abs() < 1e-6, 0.0))

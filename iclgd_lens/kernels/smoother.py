@@ -1,8 +1,8 @@
 """Attention as a kernel smoother, and what demonstrations change in it.
 
 Softmax attention at a query is `Σᵢ κ(q, kᵢ) vᵢ / Σᵢ κ(q, kᵢ)` with `κ(q, k) = exp(q·k / √d_head)`, a Nadaraya–Watson smoother of
-the values (Tsai et al. 2019, section 3.1; Nadaraya 1964, Watson 1964). Over a prompt of demonstrations and a query it is a mixture,
-exactly (He et al. 2022, equation 4):
+the values (Tsai et al. 2019, section 2.2; Nadaraya 1964, Watson 1964). Over a prompt of demonstrations and a query it is a mixture,
+exactly (He et al. 2022, section 3.1):
 
     attention = (1 − λ) · o_query + λ · o_demo
 
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from iclgd_lens.metrics.similarity import SCORE_ROUNDING, cosine, difference
 from iclgd_lens.models.precision import wide
-from iclgd_lens.runs.activations import Activations, require_same_runs
+from iclgd_lens.runs.activations import Activations, require_not_updated, require_same_runs
 
 
 def nadaraya_watson(
@@ -45,14 +45,16 @@ def nadaraya_watson(
         values: What is smoothed, one vector per point, such as one-hot labels.
 
     Returns:
-        The estimates; NaN for a query whose weights sum to zero.
+        The estimates; NaN for a query whose weights sum to nothing above zero, since dividing by a negative sum would turn the
+        order of the points round.
 
     Raises:
         ValueError: If the kernel is not finite, or not of as many points as there are values.
     """
     require_kernel(kernel, len(values))
+    kernel = kernel if kernel.is_floating_point() else kernel.to(values.dtype if values.is_floating_point() else torch.float32)
     total = kernel.sum(dim=-1, keepdim=True)
-    weights = kernel / total.masked_fill(total == 0, torch.nan)
+    weights = kernel / total.masked_fill(total <= 0, torch.nan)
     return einsum(weights, values.to(weights.dtype), "... query point, point value -> ... query value")
 
 
@@ -119,10 +121,11 @@ def decompose(icl: Activations, zsl: Activations) -> Decomposition:
         zsl: The same zero-shot, captured with `keep=["head_out"]`.
 
     Raises:
-        ValueError: If the runs are not of the same queries and model.
+        ValueError: If the runs are not of the same queries and model, or one was made under an update.
         AttributeError: If they lack what is needed.
     """
     require_same_runs(icl, zsl)
+    require_not_updated(icl=icl, zsl=zsl)
     mass = icl.demonstration_attention.sum(dim=-1)
     base, smoothed = wide(zsl.head_out), wide(icl.demonstration_out) - mass[..., None] * wide(zsl.head_out)
     changed = difference(icl.head_out, base, SCORE_ROUNDING, stored=icl.W_O[0].dtype)

@@ -25,7 +25,7 @@ with `⟨xᵢ, xⱼ⟩ + 1` where biases are trained too, summed over keys and v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,10 @@ class TangentKernel:
         return -lr * einsum(
             self.to_queries, self.residuals, "layer query demonstration a b, layer demonstration b -> layer query a"
         )
+
+    def shuffled(self, order: Sequence[int]) -> TangentKernel:
+        """The same kernel with its demonstrations dealt out anew to queries, and the residuals where they were: a baseline."""
+        return replace(self, to_queries=self.to_queries[:, :, list(order)])
 
     @property
     def per_label(self) -> Float[Tensor, "layer query demonstration"]:

@@ -6,12 +6,15 @@ of different ones are not put together by mistake.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from iclgd_lens.data.prompts import Demonstration, demonstrations_digest
 
 AttentionPart = Literal["own_pattern", "own_inputs", "own_values", "score_gradients"]
 """What `update.attribution` reads: attention over a zero-shot prompt's own tokens, and what it is made of."""
@@ -44,6 +47,8 @@ class Activations:
         query_ids: `[query]`: a number made of each query's tokens and label; equal for equal queries.
         model: The fingerprint of the model that ran, without any update that was attached.
         W_O: Every layer's output projection `[head d_head d_model]`, the model's own; `head_out` times it is what the head adds.
+        context: The digest of the demonstrations in front; empty for zero-shot.
+        updated: Whether an update was attached.
     """
 
     kept: dict[str, Tensor]
@@ -52,6 +57,8 @@ class Activations:
     query_ids: Int[Tensor, "query"]
     model: str
     W_O: tuple[Float[Tensor, "head d_head d_model"], ...]
+    context: str = ""
+    updated: bool = False
 
     @property
     def attn_out(self) -> Float[Tensor, "query layer d_model"]:
@@ -173,6 +180,28 @@ def require_same_queries(*runs: Activations) -> None:
         if not torch.equal(run.query_ids.to(first.device), first):
             number = int((run.query_ids.to(first.device) != first).nonzero()[0, 0])
             raise ValueError(f"the runs are not of the same queries: they differ from query {number} on (counted from 0)")
+
+
+def require_not_updated(**runs: Activations) -> None:
+    """Check that runs are of the model as it is.
+
+    Raises:
+        ValueError: If an update was attached in one.
+    """
+    for name, run in runs.items():
+        if run.updated:
+            raise ValueError(f"{name} is a run under an update; this is about the model as it is: capture it without update=")
+
+
+def require_context(run: Activations, demonstrations: Sequence[Demonstration]) -> None:
+    """Check that a run had these demonstrations in front.
+
+    Raises:
+        ValueError: If it had others, or none.
+    """
+    if run.context != demonstrations_digest(demonstrations):
+        had = "no demonstrations" if not run.context else "other demonstrations, or in another order,"
+        raise ValueError(f"the run had {had} in its context; pass the demonstrations that it ran with")
 
 
 def require_same_runs(*runs: Activations) -> None:

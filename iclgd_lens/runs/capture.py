@@ -26,7 +26,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import require_fit, require_known_tokens
-from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, context_tokens
+from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, context_tokens, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.sites import HookSites
 from iclgd_lens.runs.activations import OF_CONTEXT, Activations, AttentionPart, Kept
@@ -91,7 +91,7 @@ def capture(
         reader = request.reader(request.prefix(), range(len(queries)))
         for rows in request.batches():
             reader.read(rows)
-    return request.activations(reader, slice(None))
+    return request.activations(reader, slice(None), updated=update is not None)
 
 
 def capture_batches(
@@ -187,7 +187,7 @@ class _Request:
         layout = None if self.context is None else ContextLayout.of(self.context)
         return Reader(self.sites, prefix, self.wanted, bodies, self.queries[0].label_tokens, layout)
 
-    def activations(self, reader: Reader, rows: Int[Tensor, "batch"] | slice) -> Activations:
+    def activations(self, reader: Reader, rows: Int[Tensor, "batch"] | slice, updated: bool = False) -> Activations:
         """What a reader of these rows has read."""
         device = self.sites.model.cfg.device
         labels = torch.tensor([-1 if query.label is None else query.label for query in self.queries])
@@ -199,6 +199,8 @@ class _Request:
             query_ids=ids[rows].to(device),
             model=fingerprint(self.sites.model),
             W_O=self.sites.output_weights,
+            context="" if self.context is None else demonstrations_digest(self.context),
+            updated=updated,
         )
 
 

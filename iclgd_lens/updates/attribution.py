@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from iclgd_lens.models.precision import wide
-from iclgd_lens.runs.activations import Activations
+from iclgd_lens.runs.activations import Activations, require_not_updated
 
 if TYPE_CHECKING:
     from iclgd_lens.updates.dual import ParameterUpdate
@@ -51,6 +51,7 @@ class Attribution:
         along: `[query layer d_model]`: unit vectors; zero where there is no direction.
         demonstration: `[token]`: the demonstration that a token belongs to, as in the update.
         position: `[token]`: its position there, BOS being 0.
+        examples: The digest of the demonstrations that the update was made on.
     """
 
     coefficients: Float[Tensor, "query layer head token"]
@@ -61,6 +62,7 @@ class Attribution:
     along: Float[Tensor, "query layer d_model"]
     demonstration: Int[Tensor, "token"]
     position: Int[Tensor, "token"]
+    examples: str
 
 
 def attribute(update: ParameterUpdate, zsl: Activations, along: Float[Tensor, "query layer d_model"] | None = None) -> Attribution:
@@ -91,8 +93,9 @@ def attribute(update: ParameterUpdate, zsl: Activations, along: Float[Tensor, "q
     coefficients, through_values, through_keys, norms, first_order, directions = (
         torch.stack(tensors, dim=1) for tensors in zip(*layers, strict=True)
     )
+    demonstration, position = (each.to(zsl.labels.device) for each in (update.demonstration, update.position))
     return Attribution(
-        coefficients, through_values, through_keys, norms, first_order, directions, update.demonstration, update.position
+        coefficients, through_values, through_keys, norms, first_order, directions, demonstration, position, update.examples
     )
 
 
@@ -113,9 +116,11 @@ def contributions(
         `query × token × (d_model + own_pos × (heads + 1))` numbers, at most about 2²⁴ unless one query needs more.
 
     Raises:
-        ValueError: If the update belongs to another model, or was not made on demonstrations (`random_weights`).
+        ValueError: If the update belongs to another model, the run was made under an update, or the update was not
+            made on demonstrations (`random_weights`).
         AttributeError: If the activations lack what is needed.
     """
+    require_not_updated(zsl=zsl)
     if zsl.model != update.fingerprint:
         raise ValueError(
             f"the activations are of another model than the update: theirs has the fingerprint {zsl.model}, the update's "
@@ -126,9 +131,10 @@ def contributions(
     heads = zsl.own_pattern.shape[2]
     group = heads // update.key_errors.shape[2]
     trained = {name: float(name in update.settings.parameters) for name in ("W_K", "b_K", "W_V", "b_V")}
-    inputs = wide(update.inputs[layer])
+    device = zsl.labels.device
+    inputs = wide(update.inputs[layer].to(device))
     key_errors, value_errors = (
-        repeat(wide(errors[layer]), "token kv_head d_head -> token (kv_head group) d_head", group=group)
+        repeat(wide(errors[layer].to(device)), "token kv_head d_head -> token (kv_head group) d_head", group=group)
         for errors in (update.key_errors, update.value_errors)
     )
     n_tokens, own_pos = len(inputs), zsl.own_inputs.shape[2]

@@ -38,7 +38,7 @@ Schedule = Literal["online", "batch"]
 
 ALL_PARAMETERS: tuple[Parameter, ...] = get_args(Parameter)
 
-FILE_FORMAT = "iclgd_lens.ParameterUpdate/1"
+FILE_FORMAT = "iclgd_lens.ParameterUpdate/2"
 
 
 def require_parameters(parameters: Sequence[Parameter] | Parameter) -> tuple[Parameter, ...]:
@@ -112,6 +112,7 @@ class ParameterUpdate:
         losses: `[step]`: the loss of that demonstration in nats, before its step; for LCGD the sum over layers.
         settings: How the update was made.
         fingerprint: The digest of the model that it was made on and belongs to.
+        examples: The digest of the demonstrations that it was made on; empty where it was made on none.
     """
 
     inputs: Float[Tensor, "layer token d_model"]
@@ -123,6 +124,7 @@ class ParameterUpdate:
     losses: Float[Tensor, "step"]
     settings: UpdateSettings
     fingerprint: str
+    examples: str
 
     def delta(self, name: Parameter, layer: int) -> Float[Tensor, "..."]:
         """Materialise the change of one parameter of one layer, in at least float32 and TransformerLens's layout.
@@ -197,8 +199,8 @@ class ParameterUpdate:
                 contributions sum to its length.
 
         Raises:
-            ValueError: If the activations are of another model, `along` does not fit them or is not finite, or the update was not
-                made on demonstrations (`random_weights`).
+            ValueError: If the activations are of another model or of a run under an update, `along` does not fit them or is not
+                finite, or the update was not made on demonstrations (`random_weights`).
             AttributeError: If the activations lack what is needed.
         """
         return attribute(self, activations, along)
@@ -242,7 +244,11 @@ class ParameterUpdate:
 
     def save(self, path: str | Path) -> None:
         """Write the update to a safetensors file, whole or not at all."""
-        metadata = {"format": FILE_FORMAT, "settings": json.dumps(asdict(self.settings)), "fingerprint": self.fingerprint}
+        metadata = {
+            "format": FILE_FORMAT,
+            "settings": json.dumps(asdict(self.settings)),
+            **{name: getattr(self, name) for name in _DIGESTS},
+        }
         with written_whole(Path(path)) as partial:
             save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata=metadata)
 
@@ -265,7 +271,8 @@ class ParameterUpdate:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a saved update: {error}") from error
         settings = UpdateSettings(**json.loads(metadata["settings"]))
-        return cls(**tensors, settings=settings, fingerprint=metadata["fingerprint"])
+        return cls(**tensors, settings=settings, **{name: metadata[name] for name in _DIGESTS})
 
 
+_DIGESTS = ("fingerprint", "examples")
 _TENSORS = ("inputs", "key_errors", "value_errors", "demonstration", "position", "gradient_norms", "losses")

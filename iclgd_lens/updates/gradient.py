@@ -34,7 +34,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import require_known_tokens
-from iclgd_lens.data.prompts import Demonstration
+from iclgd_lens.data.prompts import Demonstration, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import read_out
@@ -226,6 +226,7 @@ def _in_dual_form(
         losses=torch.stack([step.loss for step in steps]),
         settings=settings,
         fingerprint=fingerprint(sites.model),
+        examples=demonstrations_digest(demonstrations),
     )
 
 

@@ -54,4 +54,5 @@ def random_weights(update: ParameterUpdate, seed: int = 0) -> ParameterUpdate:
         position=torch.arange(d_model + 1, device=device),
         gradient_norms=torch.full_like(update.gradient_norms, torch.nan),
         losses=torch.full_like(update.losses, torch.nan),
+        examples="",
     )

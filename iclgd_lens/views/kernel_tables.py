@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pandas as pd
 
-from iclgd_lens.experiments.kernel_regression import SMALLER_RATES
 from iclgd_lens.experiments.results import summarise
+from iclgd_lens.kernels.implied import Reading
 from iclgd_lens.views.names import METHOD_NAMES
 from iclgd_lens.views.sheets import Column, Sheet
 
 READING_NAMES = {"contribution": "contribution", "coefficient": "linear attention", "proxy": "Dai's proxy"}
+LEVEL_NAMES = {"token": "token", "inner": "token but last", "demonstration": "demonstration"}
+CONTROL_NAMES = {"random": "random", "other_demonstrations": "other", "shuffled_labels": "shuffled labels"}
 KERNEL_NAMES = {
     "attention_head": "attention, best head",
     "label_attention_head": "attention to labels, best head",
@@ -33,8 +35,8 @@ ALIGNMENT_NAMES = {
     "cka_tangent_label": "tangent and label",
     "cka_attention_label": "attention and label",
 }
+VERDICT_NAMES = {"other_demonstrations": "another demonstration's weights", "shuffled_labels": "shuffled labels"}
 OVER_EPISODES = "Means ± 95 % over episodes."
-RATE_NAMES = {"": "lr", "_tenth": "lr/10", "_hundredth": "lr/100"}
 
 
 class Source(NamedTuple):
@@ -88,23 +90,27 @@ class _Tables:
         return self._layered("smoother", "Attention as a smoother: in-context against zero-shot", {"": sources}, "", note, ".3f")
 
     def implied(self) -> Sheet:
-        rows = {METHOD_NAMES[method]: self._agreement_sources(method, "contribution_token") for method in self.methods}
+        rows = {METHOD_NAMES[method]: self._agreement_sources(method, "contribution_inner") for method in self.methods}
         note = (
             "Tokens of the demonstrations weighed by what each contributes to attention's output to first order, against "
-            "in-context attention: Kendall's τ, and recall of the heaviest sixth. Random: the weights dealt out to tokens anew."
+            "in-context attention: Kendall's τ, and recall of the heaviest sixth, a sixth by chance. Each demonstration's last token is left out, as "
+            "a gradient step pays it nothing. Random: the weights dealt out to tokens anew. Other: every demonstration with the "
+            "weights of another, which keeps what comes of where in a demonstration tokens stand."
         )
         return self._layered("implied", "Implied attention of updates against in-context attention, by token", rows, "method", note)
 
     def readings(self) -> Sheet:
+        readings = [("ICL", "icl", "proxy")]
+        readings += [(METHOD_NAMES[method], method, reading) for method in self.methods for reading in get_args(Reading)]
         rows = {
-            (METHOD_NAMES[method], READING_NAMES[reading], level): self._agreement_sources(method, f"{reading}_{level}")
-            for method in self.methods
-            for level in ("token", "demonstration")
-            for reading in READING_NAMES
+            (name, READING_NAMES[reading], LEVEL_NAMES[level]): self._agreement_sources(method, f"{reading}_{level}")
+            for level in LEVEL_NAMES
+            for name, method, reading in readings
         }
         note = (
-            "By demonstration, weights are summed over its tokens. Random: the same weights dealt out anew to tokens, then summed, "
-            "so that what comes from the length of demonstrations alone shows there, too."
+            "By demonstration, weights are summed over its tokens. Random: the weights dealt out to tokens anew, then summed, so "
+            "that what comes of the length of demonstrations alone shows there, too. Other: every demonstration with the weights "
+            "of another. The proxy is of the model as it is, so it is the same for every update."
         )
         return self._flat(
             "readings", "Readings of implied attention, averaged over layers", rows, ("method", "reading", "level"), "+.3f", note
@@ -135,27 +141,36 @@ class _Tables:
                 majority["twin's majority"] = Source(target, "majority_agreement", model="untrained")
             for kernel in KERNEL_NAMES:
                 sources = self._controlled(target, f"{kernel}_agreement", ("random", "shuffled_labels"))
+                sources["r"] = Source(target, f"{kernel}_correlation")
                 rows[TARGET_NAMES[target], KERNEL_NAMES[kernel]] = sources | majority
         note = (
             "Share of queries labelled alike. The best head of all is chosen and scored on different halves of the queries; "
-            "random: mean over heads. Shuffled labels: mean over shuffles. Majority: always the commonest label. Hidden states are "
-            "those of zero-shot runs, averaged over layers."
+            "random: mean over heads. Shuffled labels: mean over shuffles, the true order perhaps among them. r: correlation with "
+            "label probabilities, over queries and labels. Majority: always the commonest label. Hidden states are those of "
+            "zero-shot runs, averaged over layers."
         )
         return self._flat("regression", "Label kernel regression", rows, ("predictions of", "kernel"), ".3f", note)
 
     def tangent(self) -> Sheet:
-        sources = {}
+        shown = {
+            "lr": "tangent_log10_error",
+            "lr/100": "tangent_log10_error_hundredth",
+            "all layers, lr/100": "tangent_all_layers_log10_error_hundredth",
+            "one by one, lr/100": "tangent_online_log10_error_hundredth",
+            "cosine, lr/100": "tangent_cosine_hundredth",
+        }
+        rows = {}
         for model in self._models:
-            for ending in SMALLER_RATES:
-                name = f"{RATE_NAMES[ending]}{', twin' if model == 'untrained' else ''}"
-                sources[name] = Source("lcgd", f"tangent_error{ending}", model=model)
-        sources["all layers, lr/100"] = Source("lcgd", "tangent_all_layers_error_hundredth")
-        sources["cosine, lr/100"] = Source("lcgd", "tangent_cosine_hundredth")
+            sources = {name: Source("lcgd", metric, model=model) for name, metric in shown.items()}
+            random = Source("lcgd", "tangent_cosine_hundredth", "random", model)
+            rows["twin" if model == "untrained" else model] = sources | {"cosine, random": random}
         note = (
-            "‖actual − predicted‖ / ‖actual‖ of the change of label logits under a layer-causal step on the labels, predicted by "
-            "functional gradient descent with the layer's tangent kernel; all layers: where the layers below are updated too."
+            "log10 of ‖actual − predicted‖ / ‖actual‖, of the change of label logits under a layer-causal step on the labels, on "
+            "the sum of the demonstrations' losses, predicted by functional gradient descent with the layer's tangent kernel: −1 "
+            "is an error of a tenth. All layers: where the layers below are updated, too. One by one: a step per demonstration, "
+            "each after the other. Random: the kernel's demonstrations shuffled."
         )
-        return self._layered("tangent", "Linearity: error of the tangent kernel's prediction", {"": sources}, "", note, ".3f")
+        return self._layered("tangent", "Linearity: error of the tangent kernel's prediction", rows, "model", note, "+.2f")
 
     def alignment(self) -> Sheet:
         rows = {(name,): self._controlled("icl", metric, ("random",)) for metric, name in ALIGNMENT_NAMES.items()}
@@ -178,16 +193,17 @@ class _Tables:
         return ("trained", "untrained") if self.twin else ("trained",)
 
     def _agreement_sources(self, method: str, name: str) -> dict[str, Source]:
-        sources: dict[str, Source] = {}
-        for statistic, header in (("kendall", "τ"), ("top_k_recall", "recall")):
-            sources |= self._controlled(method, f"{name}_{statistic}", ("random",), prefix=f"{header} ", bare=header)
+        others = ("random", "other_demonstrations")
+        sources = self._controlled(method, f"{name}_kendall", others, prefix="τ ", bare="τ")
+        # By chance recall is what the notes say.
+        sources |= self._controlled(method, f"{name}_top_k_recall", others[1:], prefix="recall ", bare="recall")
         return sources
 
     def _controlled(
         self, method: str, metric: str, controls: Sequence[str], prefix: str = "", bare: str | None = None
     ) -> dict[str, Source]:
         sources = {bare or f"{prefix}trained": Source(method, metric)}
-        sources |= {f"{prefix}{control.replace('_', ' ')}": Source(method, metric, control) for control in controls}
+        sources |= {f"{prefix}{CONTROL_NAMES[control]}": Source(method, metric, control) for control in controls}
         return sources | ({f"{prefix}twin": Source(method, metric, model="untrained")} if self.twin else {})
 
     def _layered(
@@ -241,12 +257,14 @@ def kernel_verdict(frame: pd.DataFrame) -> str:
     }
 
     def number(source: Source) -> str:
-        if pd.isna(means.get(source)):
+        if pd.isna(mean := means.get(source)):
             return "undefined"
-        return f"{round(means[source], 2) + 0.0:.2f}".replace("-", "−")  # + 0.0 makes −0 a 0
+        if "log10" in source.metric:
+            return f"{10**mean:.2g}"
+        return f"{round(mean, 2) + 0.0:.2f}".replace("-", "−")  # + 0.0 makes −0 a 0
 
     def beside(method: str, metric: str, controls: Sequence[str]) -> str:
-        others = [f"{control.replace('_', ' ')} {number(Source(method, metric, control))}" for control in controls]
+        others = [f"{VERDICT_NAMES.get(control, control)} {number(Source(method, metric, control))}" for control in controls]
         if Source(method, metric, model="untrained") in means:
             others.append(f"twin {number(Source(method, metric, model='untrained'))}")
         return f"{number(Source(method, metric))} ({', '.join(others)})" if others else number(Source(method, metric))
@@ -254,15 +272,18 @@ def kernel_verdict(frame: pd.DataFrame) -> str:
     parts = [f"Smoothing makes {beside('icl', 'smoothing_share', ())} of what demonstrations change in attention"]
     parts += [
         f"{METHOD_NAMES[method]}'s implied attention agrees with ICL's at "
-        f"τ = {beside(method, 'contribution_token_kendall', ['random'])}"
+        f"τ = {beside(method, 'contribution_inner_kendall', ['random', 'other_demonstrations'])}"
         for method in METHOD_NAMES
-        if Source(method, "contribution_token_kendall") in means
+        if Source(method, "contribution_inner_kendall") in means
     ]
     parts.append(
         "label regression with the best head's attention gives ICL's label for "
         f"{beside('icl', 'attention_head_agreement', ['random', 'shuffled_labels'])} of queries, where always the commonest label "
         f"would give it for {beside('icl', 'majority_agreement', ())}"
     )
-    if Source("lcgd", "tangent_error") in means:
-        parts.append(f"the tangent kernel's prediction is off by {beside('lcgd', 'tangent_error', ())} of the change at this rate")
+    if Source("lcgd", "tangent_log10_error") in means:
+        parts.append(
+            "the tangent kernel's prediction of a step on the labels is off by "
+            f"{beside('lcgd', 'tangent_log10_error', ())} of the change at this rate, geometric mean"
+        )
     return "; ".join(parts) + "."

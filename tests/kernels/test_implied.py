@@ -13,13 +13,21 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import Demonstration
-from iclgd_lens.kernels.implied import agreement, by_demonstration, icl_attention, implied_attention, proxy_attention
+from iclgd_lens.kernels.implied import (
+    agreement,
+    by_demonstration,
+    demonstration_queries,
+    icl_attention,
+    implied_attention,
+    other_demonstrations,
+    proxy_attention,
+    without_ends,
+)
 from iclgd_lens.runs.capture import ATTENTION, capture
 from iclgd_lens.updates.attribution import Attribution
 from iclgd_lens.updates.gradient import gd, lcgd
-from iclgd_lens.updates.random_weights import random_weights
 from tests.models_zoo import ZOO, in_float64, make_demonstrations, make_model, make_queries
-from tests.reference import cosine, full_prompt, reference_update, relative_error
+from tests.reference import cosine, full_prompt, relative_error
 
 LR = 0.05
 LENGTHS = (4, 1, 6)
@@ -138,24 +146,11 @@ def naive_proxy(models: Sequence[HookedTransformer], demonstrations: Sequence[De
 @pytest.mark.parametrize("shape", ZOO)
 def test_the_proxy_is_the_softmax_over_attention_queries_of_demonstrations_run_alone(shape):
     model, demonstrations = in_float64(make_model(shape)), make_demonstrations(4)
-    update = lcgd(model, demonstrations, lr=LR, schedule="batch", epochs=2)
+    assert len({len(demonstration.tokens) for demonstration in demonstrations}) > 1
     zsl = capture(model, make_queries(LENGTHS), keep=["own_inputs"])
-    found = proxy_attention(model, update, zsl, demonstrations)
+    found = proxy_attention(model, zsl, demonstration_queries(model, demonstrations))
     assert relative_error(found, naive_proxy([model] * 4, demonstrations)) < 1e-8
     assert torch.allclose(found.sum(dim=-1), torch.ones((), dtype=found.dtype))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_proxy_reads_training_tokens_as_the_first_epoch_met_them(method):
-    model, demonstrations = in_float64(make_model()), make_demonstrations(4)
-    models = [model]
-    for n in range(1, 4):
-        models.append(reference_update(model, demonstrations[:n], method=method, lr=LR, schedule="online").model)
-    update = METHODS[method](model, demonstrations, lr=LR, epochs=2)
-    zsl = capture(model, make_queries(LENGTHS), keep=["own_inputs"])
-    found = proxy_attention(model, update, zsl, demonstrations)
-    assert relative_error(found, naive_proxy(models, demonstrations)) < 1e-7
-    assert relative_error(found[:, 1:], naive_proxy([model] * 4, demonstrations)[:, 1:]) > 1e-4
 
 
 def test_weights_are_numbers_and_hold_no_graph():
@@ -164,7 +159,7 @@ def test_weights_are_numbers_and_hold_no_graph():
     icl = capture(model, queries, context=demonstrations, keep=["context_scores"])
     assert not implied_attention(update.attribution(zsl), demonstrations).requires_grad
     assert not icl_attention(icl, demonstrations).requires_grad
-    assert not proxy_attention(model, update, zsl, demonstrations).requires_grad
+    assert not proxy_attention(model, zsl, demonstration_queries(model, demonstrations)).requires_grad
 
 
 def test_half_precision_is_weighed_in_float32():
@@ -173,7 +168,7 @@ def test_half_precision_is_weighed_in_float32():
     zsl = capture(model, queries, keep=ATTENTION)
     icl = capture(model, queries, context=demonstrations, keep=["context_scores"])
     for weights in (
-        proxy_attention(model, update, zsl, demonstrations),
+        proxy_attention(model, zsl, demonstration_queries(model, demonstrations)),
         implied_attention(update.attribution(zsl), demonstrations),
         icl_attention(icl, demonstrations),
     ):
@@ -246,37 +241,73 @@ def test_agreement_of_a_model_holds_one_number_a_head():
         assert all(x.shape == (3, 3, 2) for x in (found.kendall, found.spearman, found.cosine, found.top_k_recall))
 
 
-def other_demonstrations() -> dict[str, list[Demonstration]]:
+def wrong_demonstrations() -> dict[str, list[Demonstration]]:
     made = make_demonstrations(4)
     lengths = [len(d.tokens) for d in made]
     assert lengths != lengths[::-1]
-    return {"fewer": made[:3], "more": make_demonstrations(5), "reordered": made[::-1]}
+    retold = replace(made[0], tokens=made[0].tokens.flip(0).roll(1))
+    return {"fewer": made[:3], "more": make_demonstrations(5), "reordered": made[::-1], "retold": [retold, *made[1:]]}
 
 
-@pytest.mark.parametrize("which", other_demonstrations())
+@pytest.mark.parametrize("which", wrong_demonstrations())
 def test_demonstrations_that_the_update_was_not_made_on_are_refused(which):
-    model, others = make_model("one_layer"), other_demonstrations()[which]
+    model, others = make_model("one_layer"), wrong_demonstrations()[which]
     update = lcgd(model, make_demonstrations(4), lr=LR)
     zsl = capture(model, make_queries(LENGTHS), keep=ATTENTION)
-    with pytest.raises(ValueError, match=f"the update was not made on these {len(others)} demonstrations"):
+    with pytest.raises(ValueError, match="the update was not made on these demonstrations"):
         implied_attention(update.attribution(zsl), others)
-    with pytest.raises(ValueError, match=f"the update was not made on these {len(others)} demonstrations"):
-        proxy_attention(model, update, zsl, others)
 
 
-def test_random_weights_pay_no_attention_to_tokens():
+def test_the_proxy_refuses_runs_of_another_model_or_under_an_update():
     model, demonstrations = make_model("one_layer"), make_demonstrations()
-    update = random_weights(lcgd(model, demonstrations, lr=LR))
-    with pytest.raises(ValueError, match="the update was not made on these 3 demonstrations"):
-        proxy_attention(model, update, capture(model, make_queries(LENGTHS), keep=["own_inputs"]), demonstrations)
+    trained, queries = demonstration_queries(model, demonstrations), make_queries(LENGTHS)
+    with pytest.raises(ValueError, match="the run is of another model"):
+        proxy_attention(make_model("one_layer", seed=1), capture(model, queries, keep=["own_inputs"]), trained)
+    run = capture(model, queries, update=lcgd(model, demonstrations, lr=LR), keep=["own_inputs"])
+    with pytest.raises(ValueError, match="zsl is a run under an update"):
+        proxy_attention(model, run, trained)
+    with pytest.raises(ValueError, match="no demonstrations"):
+        demonstration_queries(model, [])
+
+
+def test_without_ends_leaves_out_each_demonstrations_last_token():
+    demonstrations = make_demonstrations(4)
+    weights = rows(2, n_tokens(demonstrations))
+    found, start, expected = without_ends(weights, demonstrations), 0, []
+    for demonstration in demonstrations:
+        length = len(demonstration.tokens) - 1
+        expected += weights[:, start : start + length - 1].T.tolist()
+        start += length
+    assert found.T.tolist() == expected
+
+
+def test_other_demonstrations_give_their_weights_token_by_token_from_the_end():
+    demonstrations = make_demonstrations(5)
+    lengths = [len(demonstration.tokens) - 1 for demonstration in demonstrations]
+    assert len(set(lengths)) > 2
+    # A weight tells the demonstration (tens) and the distance from its end (units).
+    weights = torch.cat([10.0 * number + torch.arange(n - 1, -1, -1) for number, n in enumerate(lengths)])
+    for seed in range(5):
+        found = other_demonstrations(weights, demonstrations, seed).split(lengths)
+        sources = [int(part[-1]) // 10 for part in found]
+        assert sorted(sources) == list(range(5)) != sources
+        for part, source in zip(found, sources, strict=True):
+            distance = [min(d, lengths[source] - 1) for d in range(len(part) - 1, -1, -1)]
+            assert part.tolist() == [10 * source + d for d in distance]
+    with pytest.raises(ValueError, match="two or more"):
+        other_demonstrations(weights[: lengths[0]], demonstrations[:1])
 
 
 def test_demonstrations_that_the_run_did_not_have_are_refused():
     model, context = make_model("one_layer"), make_demonstrations()
     run = capture(model, make_queries(LENGTHS), context=context, keep=["context_scores"])
-    n_context = run.context_scores.shape[-1]
-    for others in (context[:2], [replace(d, separator=d.separator[:0]) for d in context]):
-        with pytest.raises(ValueError, match=f"a context of {n_context} tokens behind BOS, and these demonstrations make"):
+    for others in (
+        context[:2],
+        context[::-1],
+        make_demonstrations(seed=1),
+        [replace(d, separator=d.separator[:0]) for d in context],
+    ):
+        with pytest.raises(ValueError, match="the run had other demonstrations, or in another order, in its context"):
             icl_attention(run, others)
 
 
@@ -297,6 +328,8 @@ def test_readings_lengths_and_numbers_that_do_not_fit_are_refused():
 def test_what_was_not_kept_is_named():
     model, demonstrations, queries = make_model("one_layer"), make_demonstrations(), make_queries(LENGTHS)
     with pytest.raises(AttributeError, match="context_scores was not kept"):
+        icl_attention(capture(model, queries, context=demonstrations, keep=["attn_out"]), demonstrations)
+    with pytest.raises(ValueError, match="the run had no demonstrations in its context"):
         icl_attention(capture(model, queries, keep=["attn_out"]), demonstrations)
     with pytest.raises(AttributeError, match="own_inputs was not kept"):
-        proxy_attention(model, lcgd(model, demonstrations, lr=LR), capture(model, queries, keep=["attn_out"]), demonstrations)
+        proxy_attention(model, capture(model, queries, keep=["attn_out"]), demonstration_queries(model, demonstrations))

@@ -30,11 +30,15 @@ def random(*shape: int) -> Tensor:
 @pytest.mark.parametrize("signed", [False, True], ids=["positive", "signed"])
 def test_smoothing_is_the_kernel_weighted_mean_of_the_values(signed):
     kernel, values = random(2, 3, 5) if signed else random(2, 3, 5).exp(), random(5, 4)
+    assert bool((kernel.sum(dim=-1) < 0).any()) == signed
     found = nadaraya_watson(kernel, values)
     assert found.shape == (2, 3, 4)
     for batch in range(2):
         for query in range(3):
             weights = kernel[batch, query].tolist()
+            if sum(weights) <= 0:
+                assert found[batch, query].isnan().all()
+                continue
             for value in range(4):
                 expected = sum(w * float(y) for w, y in zip(weights, values[:, value], strict=True)) / sum(weights)
                 assert float(found[batch, query, value]) == pytest.approx(expected, rel=1e-10)

@@ -29,10 +29,17 @@ def test_tables_hold_the_frames_numbers(frame):
         rows = by_layer[(by_layer["metric"] == "demonstration_mass") & (by_layer["model"] == model)]
         assert smoother[header].tolist() == rows.sort_values("layer")["mean"].tolist()
     readings = sheets["kernels_readings"].numbers.set_index(["method", "reading", "level"])
-    row = readings.loc[("LCGD", "Dai's proxy", "demonstration")]
-    assert row["τ"] == mean(frame, "lcgd", "proxy_demonstration_kendall")
-    assert row["recall random"] == mean(frame, "lcgd", "proxy_demonstration_top_k_recall", "random")
-    assert row["τ twin"] == mean(frame, "lcgd", "proxy_demonstration_kendall", model="untrained")
+    row = readings.loc[("ICL", "Dai's proxy", "demonstration")]
+    assert row["τ"] == mean(frame, "icl", "proxy_demonstration_kendall")
+    assert row["recall other"] == mean(frame, "icl", "proxy_demonstration_top_k_recall", "other_demonstrations")
+    assert row["τ twin"] == mean(frame, "icl", "proxy_demonstration_kendall", model="untrained")
+    row = readings.loc[("LCGD", "linear attention", "token but last")]
+    assert row["τ other"] == mean(frame, "lcgd", "coefficient_inner_kendall", "other_demonstrations")
+    tangent = sheets["kernels_tangent"].numbers.set_index(["model", "layer"])
+    expected = by_layer.set_index(["metric", "model", "layer", "control"])["mean"]
+    for model, name in (("trained", "trained"), ("untrained", "twin")):
+        assert tangent.loc[(name, 1), "lr/100"] == expected["tangent_log10_error_hundredth", model, 1, "none"]
+        assert tangent.loc[(name, 1), "cosine, random"] == expected["tangent_cosine_hundredth", model, 1, "random"]
     regression = sheets["kernels_regression"].numbers.set_index(["predictions of", "kernel"])
     row = regression.loc[("gold labels", "attention, best head")]
     assert row["shuffled labels"] == mean(frame, "gold", "attention_head_agreement", "shuffled_labels")
@@ -62,7 +69,7 @@ def test_without_a_twin_or_a_method_there_is_no_column_or_row_for_it(frame):
     alone = frame[(frame["model"] == "trained") & (frame["method"] != "lcgd")]
     sheets = {sheet.name: sheet for sheet in kernel_tables(alone)}
     assert "kernels_tangent" not in sheets
-    assert set(sheets["kernels_readings"].numbers["method"]) == {"GD"}
+    assert set(sheets["kernels_readings"].numbers["method"]) == {"ICL", "GD"}
     assert not any("twin" in header for sheet in sheets.values() for header in sheet.headers)
     assert "twin" not in kernel_verdict(alone)
 
@@ -70,12 +77,13 @@ def test_without_a_twin_or_a_method_there_is_no_column_or_row_for_it(frame):
 def test_the_verdict_quotes_the_frame(frame):
     text = kernel_verdict(frame)
     assert f"Smoothing makes {mean(frame, 'icl', 'smoothing_share'):.2f} (twin" in text
-    tau = f"{mean(frame, 'gd', 'contribution_token_kendall'):.2f}".replace("-", "−")
+    tau = f"{mean(frame, 'gd', 'contribution_inner_kendall'):.2f}".replace("-", "−")
     assert f"GD's implied attention agrees with ICL's at τ = {tau} (random" in text
+    assert f"is off by {10 ** mean(frame, 'lcgd', 'tangent_log10_error'):.2g} (twin" in text
     assert f"twin {mean(frame, 'icl', 'attention_head_agreement', model='untrained'):.2f})" in text
 
 
 def test_what_has_no_value_is_called_undefined(frame):
     without = frame.copy()
-    without.loc[without["metric"] == "contribution_token_kendall", "value"] = float("nan")
+    without.loc[without["metric"] == "contribution_inner_kendall", "value"] = float("nan")
     assert "τ = undefined" in kernel_verdict(without)
