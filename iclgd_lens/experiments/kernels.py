@@ -70,6 +70,14 @@ def kernel_rows(
 ) -> Iterator[tuple[str, str, list[Row]]]:
     """Compute every kernel view of one episode.
 
+    Queries stream eight at a time; of a batch are held, per layer, the query's length times `3 d_model + heads` numbers, and of all
+    queries one number per metric, layer, head and demonstration. Of the demonstrations are held `layer × token × (d_model + label ×
+    2 kv_heads × d_head)` numbers for the tangent kernel, and the kernels themselves, `layer × (query + demonstration) ×
+    demonstration × label²`.
+
+    Rows about the tangent kernel are about a layer-causal step on labels' first tokens among the label words, at the update's rate
+    and parts of it, whatever loss and readout the update had.
+
     Args:
         model: The model.
         episode: The demonstrations and queries.

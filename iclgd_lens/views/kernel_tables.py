@@ -93,9 +93,9 @@ class _Tables:
         rows = {METHOD_NAMES[method]: self._agreement_sources(method, "contribution_inner") for method in self.methods}
         note = (
             "Tokens of the demonstrations weighed by what each contributes to attention's output to first order, against "
-            "in-context attention: Kendall's τ, and recall of the heaviest sixth, a sixth by chance. Each demonstration's last token is left out, as "
-            "a gradient step pays it nothing. Random: the weights dealt out to tokens anew. Other: every demonstration with the "
-            "weights of another, which keeps what comes of where in a demonstration tokens stand."
+            "in-context attention: Kendall's τ, and recall of the heaviest sixth, a sixth by chance. Each demonstration's last "
+            "token is left out, as a gradient step pays it nothing. Random: the weights dealt out to tokens anew. Other: every "
+            "demonstration with the weights of another, which keeps what comes of where in a demonstration tokens stand."
         )
         return self._layered("implied", "Implied attention of updates against in-context attention, by token", rows, "method", note)
 

@@ -12,7 +12,8 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens.kernels.smoother import Decomposition, Term, decompose, nadaraya_watson
 from iclgd_lens.runs.activations import Activations
-from iclgd_lens.runs.capture import capture
+from iclgd_lens.runs.capture import ATTENTION, capture
+from iclgd_lens.updates.gradient import lcgd
 from tests.models_zoo import ZOO, in_float64, make_demonstrations, make_model, make_queries
 from tests.reference import cosine, full_prompt, relative_error
 
@@ -174,3 +175,14 @@ def test_what_was_not_kept_is_named(name):
         decompose(replace(icl, kept={other: tensor for other, tensor in icl.kept.items() if other != name}), zsl)
     with pytest.raises(AttributeError, match="head_out was not kept"):
         decompose(icl, replace(zsl, kept={}))
+
+
+def test_runs_under_an_update_are_refused():
+    model, demonstrations, queries = make_model("one_layer"), make_demonstrations(), make_queries(LENGTHS)
+    update = lcgd(model, demonstrations, lr=0.05)
+    icl = capture(model, queries, context=demonstrations, keep=IN_CONTEXT)
+    ft = capture(model, queries, update=update, keep=["head_out", *ATTENTION])
+    with pytest.raises(ValueError, match="zsl is a run under an update"):
+        decompose(icl, ft)
+    with pytest.raises(ValueError, match="zsl is a run under an update"):
+        update.attribution(ft)
