@@ -19,9 +19,9 @@ def small_demo(folder, *more: str):
 def test_demo_prints_its_tables_and_writes_tidy_results(tmp_path):
     result = small_demo(tmp_path / "out")
     assert result.exit_code == 0, result.output
-    for expected in ("FT by LCGD", "SimAOU_norm", "SimAM, ZSL ref.", "α of h", "layer 3", "results.parquet", "no evidence"):
+    for expected in ("FT by LCGD", "SimAOU_norm", "SimAM, ZSL ref.", "α of h", "layer 3", "frame.parquet", "no evidence"):
         assert expected in result.output
-    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    frame = pd.read_parquet(tmp_path / "out" / "frame.parquet")
     assert set(frame["seed"]) == {0, 1}
     assert not frame.duplicated(["seed", "model", "method", "control", "subset", "layer", "metric"]).any()
 
@@ -30,7 +30,7 @@ def test_demo_repeats_with_the_same_seed_and_changes_with_another(tmp_path):
     frames = []
     for number, seed in enumerate(("3", "3", "4")):
         assert small_demo(tmp_path / str(number), "--seed", seed).exit_code == 0
-        frames.append(pd.read_parquet(tmp_path / str(number) / "results.parquet"))
+        frames.append(pd.read_parquet(tmp_path / str(number) / "frame.parquet"))
     assert_frame_equal(frames[0], frames[1])
     assert not frames[0]["value"].equals(frames[2]["value"])
 
@@ -59,7 +59,7 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_leaves_nothing_behind(tm
 
 def test_demo_trains_on_labels_when_asked(tmp_path):
     assert small_demo(tmp_path, "--loss-on", "label", "--readout", "labels").exit_code == 0
-    frame = pd.read_parquet(tmp_path / "results.parquet")
+    frame = pd.read_parquet(tmp_path / "frame.parquet")
     assert (frame["loss_on"].unique(), frame["readout"].unique()) == (["label"], ["labels"])
 
 

@@ -25,7 +25,7 @@ def test_kernels_prints_its_tables_and_writes_them(tmp_path):
         "majority",
     ):
         assert expected in result.output
-    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    frame = pd.read_parquet(tmp_path / "out" / "frame.parquet")
     assert {"trained", "untrained"} == set(frame["model"])
     assert set(frame["lr"].dropna()) == {0.3}
     tables = tmp_path / "out" / "tables"
@@ -37,7 +37,7 @@ def test_episodes_have_seeds_of_their_own_and_the_rate_is_the_one_given(tmp_path
     result = small(tmp_path / "out", "--episodes", "2", "--seed", "3", "--lr", "0.05", "--no-twins")
     assert result.exit_code == 0, result.output
     assert "2 episodes of 3 demonstrations and 4 queries, lr 0.05" in result.output
-    frame = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    frame = pd.read_parquet(tmp_path / "out" / "frame.parquet")
     assert set(frame["seed"]) == {3, 4}
     assert set(frame["lr"].dropna()) == {0.05}
     values = frame[frame["metric"] == "demonstration_mass"].pivot(index="layer", columns="seed", values="value")

@@ -9,6 +9,7 @@ import typer
 
 from iclgd_lens.cli.demo import demo
 from iclgd_lens.cli.kernels import kernels
+from iclgd_lens.cli.report import report
 from iclgd_lens.cli.reproduce import reproduce
 from iclgd_lens.cli.train_bundled import train_bundled
 
@@ -17,5 +18,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="In-context learning against gradient descent, layer by layer, on TransformerLens models.",
 )
-for command in (demo, reproduce, kernels, train_bundled):
+for command in (demo, reproduce, kernels, report, train_bundled):
     app.command()(command)

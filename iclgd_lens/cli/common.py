@@ -45,6 +45,11 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
+def shown_name(model: str) -> str:
+    """What a model is called in results: its name, or its folder's, without the path."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
 def parse_k(k: str) -> int | Literal["fit"]:
     """Read a number of demonstrations, or 'fit'.
 

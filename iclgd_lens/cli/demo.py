@@ -17,7 +17,6 @@ from iclgd_lens.cli.common import (
     errors_for_people,
     listed,
     parse_k,
-    progress_bar,
     require_writable,
 )
 
@@ -44,47 +43,45 @@ def demo(
     """Compare in-context learning with GD and LCGD on the bundled model and on its untrained twin, offline, in under a minute."""
     with errors_for_people():
         count = parse_k(k)
-        results = out / "results.parquet"
-        require_writable(results)
+        require_writable(out / "frame.parquet")
         with console.status("loading torch, TransformerLens and the bundled model"):
-            import pandas as pd
             import torch
 
+            from iclgd_lens.cli.running import close_run, compare_episodes
             from iclgd_lens.data.registry import load_task
-            from iclgd_lens.experiments.compare import compare, n_runs
-            from iclgd_lens.experiments.results import write_frame
             from iclgd_lens.models.loading import load_model
-            from iclgd_lens.models.untrained import untrained_twin
-            from iclgd_lens.views.tables import accuracy_table, layer_table, similarity_table, verdict
+            from iclgd_lens.views.tables import comparison_tables, verdict
 
             # The bundled model is so small that threads cost more than they bring.
             torch.set_num_threads(1)
             model = load_model("bundled", device=device)
             drawn = load_task(task)
-        frames = []
-        with progress_bar() as progress:
-            bar = progress.add_task("running ZSL, ICL, GD and LCGD", total=episodes * n_runs(("gd", "lcgd"), untrained=True))
-            for number in range(episodes):
-                episode = drawn.episode(model, k=count, n_queries=queries, seed=seed + number)
-                frames.append(
-                    compare(
-                        model,
-                        episode,
-                        lr=lr,
-                        untrained=untrained_twin(model, seed=seed + number),
-                        loss_on=loss_on,
-                        readout=readout,
-                        on_run=lambda: progress.advance(bar),
-                    ).frame
-                )
-        frame = pd.concat(frames, ignore_index=True)
-        path = write_frame(frame, results)
+        seeds = range(seed, seed + episodes)
+        frame = compare_episodes(
+            model,
+            drawn,
+            out,
+            k=count,
+            queries=queries,
+            seeds=seeds,
+            twins=True,
+            about="running ZSL, ICL, GD and LCGD",
+            controls=("random",),
+            lr=lr,
+            loss_on=loss_on,
+            readout=readout,
+        ).frame
     console.print(
         f"[bold]{task}[/bold], {counted(episodes, 'episode')} of {listed(frame['k'])} demonstrations and "
         f"{listed(frame['n_queries'])} queries, lr {lr:g}, loss on the {loss_on}, readout over {readout}; the bundled model has "
         f"{model.cfg.n_layers} layers, {model.cfg.n_heads} heads, d_model {model.cfg.d_model}."
     )
-    for table in (accuracy_table(frame), similarity_table(frame), layer_table(frame)):
-        console.print(table)
-    console.print(f"Tidy results, {len(frame)} rows: {path}", soft_wrap=True, markup=False)
+    console.print()
+    for sheet in comparison_tables(frame):
+        console.print(sheet.rich())
+    console.print(f"Tidy results, {len(frame)} rows: {out / 'frame.parquet'}", soft_wrap=True, markup=False)
+    with errors_for_people():
+        run = {"command": "demo", "task": task, "k": k, "episodes": episodes, "queries": queries, "lr": lr, "loss_on": loss_on}
+        first = drawn.episode(model, k=count, n_queries=queries, seed=seed)
+        close_run(out, model, "bundled", run | {"readout": readout, "seed": seed}, first, {"gd": lr, "lcgd": lr})
     console.print(verdict(frame), markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -21,8 +21,8 @@ from iclgd_lens.cli.common import (
     errors_for_people,
     listed,
     parse_k,
-    progress_bar,
     require_writable,
+    shown_name,
 )
 
 
@@ -50,18 +50,14 @@ def kernels(
     """View ICL, GD and LCGD as kernel methods: smoothing, implied attention, label regression, tangent kernels, functional GD."""
     with errors_for_people():
         count = parse_k(k)
-        results = out / "results.parquet"
-        require_writable(results)
+        require_writable(out / "frame.parquet")
         with console.status("loading torch and TransformerLens"):
-            import pandas as pd
             import torch
 
+            from iclgd_lens.cli.running import close_run, compare_episodes
             from iclgd_lens.data.registry import load_task
-            from iclgd_lens.experiments.compare import compare, n_runs
-            from iclgd_lens.experiments.results import write_frame
             from iclgd_lens.kernels.constructed import positive_control
             from iclgd_lens.models.loading import load_model
-            from iclgd_lens.models.untrained import untrained_twin
             from iclgd_lens.views.kernel_tables import kernel_tables, kernel_verdict
         drawn = load_task(task, data)
         rate = _rate(lr, task)
@@ -70,29 +66,24 @@ def kernels(
             torch.set_num_threads(1)
         with console.status(Text(f"loading the model {model}")):
             loaded = load_model(model, device=device, dtype=getattr(torch, dtype))
-        frames, problems = [], []
-        with progress_bar() as progress:
-            runs = n_runs(("gd", "lcgd"), (), untrained=twins, kernels=True)
-            bar = progress.add_task("running ZSL, ICL, GD, LCGD and their kernel views", total=episodes * runs)
-            for number in range(episodes):
-                found = compare(
-                    loaded,
-                    drawn.episode(loaded, k=count, n_queries=queries, seed=seed + number),
-                    lr=rate,
-                    untrained=untrained_twin(loaded, seed=seed + number) if twins else None,
-                    controls=(),
-                    loss_on=loss_on,
-                    readout=readout,
-                    kernels=True,
-                    if_diverged="record",
-                    on_run=lambda: progress.advance(bar),
-                )
-                frames.append(found.frame)
-                problems.append(found.problems)
-                # After every episode, so that what is done stays if the next one fails.
-                write_frame(pd.concat(frames, ignore_index=True), results)
-            known = positive_control(seed)
-        frame, diverged = (pd.concat(parts, ignore_index=True) for parts in (frames, problems))
+        found = compare_episodes(
+            loaded,
+            drawn,
+            out,
+            k=count,
+            queries=queries,
+            seeds=range(seed, seed + episodes),
+            twins=twins,
+            about="running ZSL, ICL, GD, LCGD and their kernel views",
+            controls=(),
+            kernels=True,
+            if_diverged="record",
+            lr=rate,
+            loss_on=loss_on,
+            readout=readout,
+        )
+        known = positive_control(seed)
+        frame, diverged = found.frame, found.problems
     console.print(
         f"{task}, {counted(episodes, 'episode')} of {listed(frame['k'])} demonstrations and {listed(frame['n_queries'])} queries, "
         f"lr {rate:g}, loss on the {loss_on}, readout over {readout}, model {model}.",
@@ -108,13 +99,19 @@ def kernels(
         markup=False,
     )
     console.print(
-        f"Tidy results, {len(frame)} rows: {results}; tables as Markdown, LaTeX and CSV: {out / 'tables'}",
+        f"Tidy results, {len(frame)} rows: {out / 'frame.parquet'}; tables as Markdown, LaTeX and CSV: {out / 'tables'}",
         soft_wrap=True,
         markup=False,
     )
     if len(diverged):
         first = diverged["problem"].iloc[0]
         console.print(f"Updates that diverged: {len(diverged)}. The first: {first}", soft_wrap=True, markup=False)
+    with errors_for_people():
+        run: dict[str, Any] = {"command": "kernels", "task": task, "data": None if data is None else str(data), "k": k}
+        run |= {"episodes": episodes, "queries": queries, "lr": rate, "twins": twins, "seed": seed}
+        run |= {"loss_on": loss_on, "readout": readout}
+        first = drawn.episode(loaded, k=count, n_queries=queries, seed=seed)
+        close_run(out, loaded, shown_name(model), run, first, {"gd": rate, "lcgd": rate})
     console.print(kernel_verdict(frame), markup=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from iclgd_lens.cli.common import (
     parse_k,
     progress_bar,
     require_writable,
+    shown_name,
 )
 
 if TYPE_CHECKING:
@@ -84,16 +86,18 @@ def reproduce(
     """Reproduce the paper's tables and figures on a model, or go on where such a run was stopped."""
     with errors_for_people():
         count = None if k is None else parse_k(k)
-        require_writable(out / "setting.json")
+        require_writable(out / "frame.parquet")
         with console.status("loading torch and TransformerLens"):
             import torch
 
+            from iclgd_lens.cli.running import close_run
             from iclgd_lens.data.registry import BUNDLED_TASKS, PAPER_TASKS
             from iclgd_lens.experiments import reproduce as running
+            from iclgd_lens.experiments.drawing import draw_to_report, load_tasks
+            from iclgd_lens.experiments.folder import SETTING
             from iclgd_lens.experiments.learning_rate import GRID, UPDATE_OPTIONS
             from iclgd_lens.experiments.paper import PAPER
             from iclgd_lens.experiments.protocol import TWINS, Protocol
-            from iclgd_lens.experiments.setting import write_setting
             from iclgd_lens.models.loading import load_model
         tasks = _tasks(task, model, BUNDLED_TASKS, PAPER_TASKS)
         default_lr = "paper" if set(tasks) <= set(PAPER) else "auto"
@@ -118,9 +122,8 @@ def reproduce(
             torch.set_num_threads(1)
         with console.status(Text(f"loading the model {model}")):
             loaded = load_model(model, device=device, dtype=getattr(torch, dtype), process_weights=process_weights)
-        name = Path(model).name if Path(model).is_dir() else model
-        # Written when all is done, so that a folder of a run that was stopped has none.
-        (out / "setting.json").unlink(missing_ok=True)
+        name = shown_name(model)
+        (out / SETTING).unlink(missing_ok=True)
         with progress_bar() as progress:
             bar = progress.add_task("loading data", total=None)
             results = running.reproduce(
@@ -132,9 +135,14 @@ def reproduce(
                 on_total=lambda total: progress.update(bar, total=total),
                 on_runs=lambda runs, about: progress.update(bar, advance=runs, description=about),
             )
-        more = {"data": None if data is None else str(data), "batch_size": batch_size, "process_weights": process_weights}
-        write_setting(out / "setting.json", loaded, name, protocol, more)
         _show(results, name, out, pictures)
+        more = {"data": None if data is None else str(data), "batch_size": batch_size, "process_weights": process_weights}
+        plans = {each: asdict(protocol.plan(each)) for each in protocol.tasks}
+        run = {"command": "reproduce", **more, "protocol": asdict(protocol), "plans": plans, "options": protocol.options}
+        first = results.rates["task"].iloc[0]
+        rates = results.rates[results.rates["task"] == first].set_index("method")["lr"].to_dict()
+        drawn = draw_to_report(protocol, load_tasks(protocol, data), first, loaded)[0]
+        close_run(out, loaded, name, run, drawn.episodes[0], rates)
 
 
 def _show(results: Results, name: str, out: Path, pictures: bool) -> None:

@@ -47,5 +47,5 @@ def train_bundled(
                 episodes=episodes,
                 on_episode=lambda done, total: progress.update(bar, completed=done, total=total),
             )
-    console.print(bundled_table(measured))
+    console.print(bundled_table(measured).rich())
     console.print(f"Weights: {out}", soft_wrap=True, markup=False)

@@ -55,6 +55,11 @@ class Comparison:
     gradients: pd.DataFrame
     problems: pd.DataFrame
 
+    @property
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The frames by name."""
+        return {part: getattr(self, part) for part in PARTS}
+
     @classmethod
     def concatenated(cls, comparisons: Sequence[Comparison]) -> Comparison:
         """Join comparisons, in their order."""

@@ -85,6 +85,13 @@ class Protocol:
     lr_curve: bool = False
     options: Mapping[str, Any] = field(default_factory=lambda: dict(UPDATE_OPTIONS))
 
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any]) -> Protocol:
+        """Make a protocol of what `dataclasses.asdict` made of one, and JSON of that."""
+        as_tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in written.items()}
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in written["options"].items()}
+        return cls(**as_tuples | {"options": options})
+
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("no tasks: name at least one")

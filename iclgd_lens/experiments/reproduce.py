@@ -25,10 +25,10 @@ from iclgd_lens.experiments.cells import cell
 from iclgd_lens.experiments.compare import Control, Method, compare, n_runs
 from iclgd_lens.experiments.comparison import PARTS, Comparison
 from iclgd_lens.experiments.drawing import Draw, draw_for_tuning, draw_to_report, load_tasks
+from iclgd_lens.experiments.folder import write_frames
 from iclgd_lens.experiments.learning_rate import choose, search, similarity_by_rate
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.experiments.protocol import TWINS, Protocol
-from iclgd_lens.experiments.results import write_frame
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.untrained import untrained_twin
 
@@ -57,6 +57,11 @@ class Results:
     rates: pd.DataFrame
     searched: pd.DataFrame
     curve: pd.DataFrame
+
+    @property
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The frames by name."""
+        return {name: getattr(self, name) for name in FRAMES}
 
 
 FRAMES = (*PARTS, "rates", "searched", "curve")
@@ -112,8 +117,7 @@ def reproduce(
     if on_total is not None:
         on_total(run.total())
     results = run.results()
-    for part in FRAMES:
-        write_frame(getattr(results, part), Path(out) / f"{part}.parquet")
+    write_frames(Path(out), results.frames)
     return results
 
 

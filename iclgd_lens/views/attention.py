@@ -140,6 +140,15 @@ def attention_example(
     )
 
 
+def queries_within(model: HookedTransformer, episode: Episode, n_updates: int, size: int = 3_000_000) -> int:
+    """How many of an episode's queries an example may have, at least one and at most eight, for its weights to fill no more than
+    `size` bytes.
+    """
+    tokens = sum(len(each.tokens) - 1 for each in episode.demonstrations)
+    each = (1 + n_updates) * model.cfg.n_layers * (1 + model.cfg.n_heads) * tokens * 4 // 3
+    return max(1, min(8, len(episode.queries), size // each))
+
+
 OTHER = "#666666"
 """The colour of an update with a name of the user's own."""
 

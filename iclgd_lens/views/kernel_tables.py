@@ -48,6 +48,11 @@ class Source(NamedTuple):
     model: str = "trained"
 
 
+def has_kernel_views(frame: pd.DataFrame) -> bool:
+    """Whether a frame has the rows of `compare(..., kernels=True)`."""
+    return bool((frame["metric"] == "demonstration_mass").any())
+
+
 def kernel_tables(frame: pd.DataFrame) -> list[Sheet]:
     """All tables that a frame has the numbers for."""
     tables = _Tables(frame)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -25,14 +25,19 @@ from iclgd_lens.views.plots import (
 FIGURES = ("figure2", "figure3", "figure4", "learning_rate")
 
 
-def paper_figures(results: Results) -> dict[str, tuple[go.Figure, pd.DataFrame]]:
-    """Figures 2, 3 and 4, and the learning-rate curve, where the run has the numbers; each with the rows it is drawn from."""
-    frame, gradients, curve = results.frame, results.gradients, results.curve
+def paper_figures(frames: Mapping[str, pd.DataFrame]) -> dict[str, tuple[go.Figure, pd.DataFrame]]:
+    """Figures 2, 3 and 4, and the learning-rate curve, where a run has the numbers; each with the rows it is drawn from.
+
+    Args:
+        frames: The run's frames by name; those of `reproduce` have a `curve` and `rates`.
+    """
+    frame, gradients = frames["frame"], frames["gradients"]
+    curve, rates = frames.get("curve", frame[:0]), frames.get("rates")
     drawn: dict[str, tuple[pd.DataFrame, Callable[[], go.Figure]]] = {
         "figure2": (alpha_rows(frame), lambda: alpha_figure(frame)),
         "figure3": (layer_rows(frame), lambda: layer_figure(frame)),
         "figure4": (gradient_rows(gradients), lambda: gradient_figure(gradients)),
-        "learning_rate": (rate_rows(curve), lambda: rate_figure(curve, results.rates)),
+        "learning_rate": (rate_rows(curve), lambda: rate_figure(curve, rates)),
     }
     return {name: (draw(), rows) for name, (rows, draw) in drawn.items() if len(rows)}
 
@@ -46,7 +51,7 @@ def write_paper_figures(results: Results, folder: Path, pictures: bool = True) -
         Why there are no pictures, and what to do; empty if there are, or none were wanted.
     """
     remove_named(folder, FIGURES)
-    figures = paper_figures(results)
+    figures = paper_figures(results.frames)
     for name, (figure, data) in figures.items():
         write_figure(figure, data, folder, name)
     if not pictures:

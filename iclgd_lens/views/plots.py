@@ -7,6 +7,7 @@ standard deviations are over draws of demonstrations. GD is blue and LCGD orange
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 import pandas as pd
@@ -87,7 +88,7 @@ def layer_figure(frame: pd.DataFrame) -> go.Figure:
                 showlegend=first,
                 **place,
             )
-    figure.update_xaxes(dtick=max(1, int(chosen["layer"].max()) // 12))
+    figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
     figure.update_layout(title=f"Similarity of updates to ICL by layer ({_draws(chosen)}, mean ± sd)", barmode="group")
     return _styled(figure, rows=len(tasks))
 
@@ -138,7 +139,7 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
             row=row,
             col=column,
         )
-    figure.update_yaxes(dtick=max(1, int(chosen["layer"].max()) // 12))
+    figure.update_yaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
     figure.update_layout(title=f"ℓ2 norms of the gradients, mean over {_draws(chosen, True)}")
     return _styled(figure, rows=len(tasks))
 
@@ -229,8 +230,13 @@ def _error_bars(group: pd.DataFrame) -> dict[str, object]:
 def _draws(frame: pd.DataFrame, inside: bool = False) -> str:
     per_task = frame.groupby("task", sort=False)["seed"].nunique()
     low, high = per_task.min(), per_task.max()
-    count = str(low) if low == high else f"{low} to {high}"
-    return f"{'' if inside else 'n = '}{count} draw{'s' if high > 1 else ''}{' per task' if len(per_task) > 1 else ''}"
+    number = str(low) if low == high else f"{low} to {high}"
+    return f"{'' if inside else 'n = '}{number} draw{'s' if high > 1 else ''}{' per task' if len(per_task) > 1 else ''}"
+
+
+def tick_step(largest: int, most: int = 6) -> int:
+    """How far ticks on whole numbers from 0 are apart, so that there are no more than `most` behind the first: 1, 2, 5, 10, …"""
+    return next(step for power in count() for step in (10**power, 2 * 10**power, 5 * 10**power) if largest <= most * step)
 
 
 def _grid(rows: Sequence[str], columns: Sequence[str], *, x_title: str, y_title: str, gap: float = 0.08) -> go.Figure:

@@ -1,8 +1,9 @@
-"""Tables of numbers, and their four forms: rich text for a terminal, Markdown, LaTeX and CSV."""
+"""Tables of numbers, and their forms: rich text for a terminal, Markdown, HTML, LaTeX and CSV."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,6 +119,15 @@ class Sheet:
         escaped = [[cell.replace("|", r"\|") for cell in row] for row in self.cells]
         body = tabulate(escaped, headers=self.headers, tablefmt="github", disable_numparse=True)
         return "\n\n".join(filter(None, [f"**{self.title}**", body, self.note])) + "\n"
+
+    def html(self) -> str:
+        """The table as HTML, with its title and note."""
+        head = "".join(f"<th>{escape(header)}</th>" for header in self.headers)
+        rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self.cells]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        note = f"<p class=note>{escape(self.note)}</p>" if self.note else ""
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<section><h3>{escape(self.title)}</h3><div class=scroll>{table}</div>{note}</section>"
 
     def latex(self) -> str:
         """The table as a LaTeX `table` with `booktabs` rules, its title as the caption."""

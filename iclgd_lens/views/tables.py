@@ -1,76 +1,98 @@
-"""Results as tables for the terminal, and in one line. Every number comes from the frame that is given."""
+"""Results as tables, and in one line. Every number comes from the frame that is given."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
-from rich import box
-from rich.table import Table
 
 from iclgd_lens.experiments.results import EPISODE, Estimate, paired_difference, summarise
 from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES, RUN_NAMES
+from iclgd_lens.views.sheets import Column, Sheet
 
 CONDITIONS = {"trained": ("trained", "none"), "untrained": ("untrained", "none"), "random": ("trained", "random")}
 """Columns of the similarity table: which model, and whether the update's effect was replaced by a random one."""
 
 
-def accuracy_table(frame: pd.DataFrame) -> Table:
+def comparison_tables(frame: pd.DataFrame) -> list[Sheet]:
+    """The tables of a comparison: accuracy, similarities, and similarities by layer; the first alone if every update diverged."""
+    similar = [similarity_table(frame), layer_table(frame)] if "sim_aou" in set(frame["metric"]) else []
+    return [accuracy_table(frame), *similar]
+
+
+def accuracy_table(frame: pd.DataFrame) -> Sheet:
     """Accuracy of every run, trained beside untrained."""
-    summary = summarise(frame[frame["metric"] == "accuracy"], by=["model", "method"]).set_index(["model", "method"])
+    by = ["model", "method"]
+    summary = summarise(frame[frame["metric"] == "accuracy"], by=by).set_index(by)
     models = [str(model) for model in frame["model"].unique()]
-    table = _table("Accuracy (mean ± 95 % over episodes)", ["run", *models])
-    for method, name in RUN_NAMES.items():
-        if (models[0], method) in summary.index:
-            table.add_row(name, *(_plus_minus(summary.loc[(model, method)], "") for model in models))
-    return table
+    rows = [
+        {"run": name} | {key: cell for model in models for key, cell in _cells(summary, (model, method), model)}
+        for method, name in RUN_NAMES.items()
+        if (models[0], method) in summary.index
+    ]
+    columns = (Column("run", "run"), *(_column(model, ".3f") for model in models))
+    return Sheet("accuracy", "Accuracy (mean ± 95 % over episodes)", pd.DataFrame(rows), columns)
 
 
-def similarity_table(frame: pd.DataFrame) -> Table:
+def similarity_table(frame: pd.DataFrame) -> Sheet:
     """Every similarity, averaged over layers, heads and queries: trained beside untrained beside random baseline.
 
     The last column counts the values that were undefined and left out.
     """
     summary = summarise(frame).set_index(["metric", "method", "model", "control"])
-    table = _table(
-        "Similarity, averaged over layers (mean ± 95 % interval over episodes)", ["metric", "method", *CONDITIONS, "undef."]
-    )
+    rows = []
     for metric, metric_name in METRIC_NAMES.items():
         for method, method_name in METHOD_NAMES.items():
-            keys = [(metric, method, *condition) for condition in CONDITIONS.values()]
-            present = [key for key in keys if key in summary.index]
+            keys = {name: (metric, method, *condition) for name, condition in CONDITIONS.items()}
+            present = [key for key in keys.values() if key in summary.index]
             if present:
-                shown = [_plus_minus(summary.loc[key]) if key in present else "–" for key in keys]
-                name = "LCGD, GD" if metric.startswith("alpha") else method_name
-                table.add_row(metric_name, name, *shown, str(summary.loc[present, "undefined"].sum()))
-        table.add_section()
-    return table
+                row: dict[str, Any] = {"metric": metric_name, "method": "LCGD, GD" if metric.startswith("alpha") else method_name}
+                row |= {key: cell for name, place in keys.items() for key, cell in _cells(summary, place, name)}
+                rows.append(row | {"undefined": int(summary.loc[present, "undefined"].sum())})
+    columns = (
+        Column("metric", "metric"),
+        Column("method", "method"),
+        *map(_column, CONDITIONS),
+        Column("undef.", "undefined"),
+    )
+    title = "Similarity, averaged over layers (mean ± 95 % interval over episodes)"
+    return Sheet("similarity", title, pd.DataFrame(rows), columns)
 
 
-def layer_table(frame: pd.DataFrame) -> Table:
+def layer_table(frame: pd.DataFrame) -> Sheet:
     """SimAOU and SimAM_Δ of every method, layer by layer, trained over untrained."""
     metrics = ["sim_aou", "sim_am_delta"]
     by = ["metric", "method", "model", "layer"]
     chosen = frame[frame["metric"].isin(metrics) & (frame["control"] == "none")]
     summary = summarise(chosen, by=by).set_index(by)["mean"]
     layers = sorted(chosen["layer"].unique())
-    table = _table("By layer (mean over episodes)", ["metric", "method", "model", *(f"layer {layer}" for layer in layers)])
-    for metric in metrics:
-        for method in METHOD_NAMES:
-            for model in frame["model"].unique():
-                if (metric, method, model, layers[0]) in summary.index:
-                    values = (f"{summary.loc[(metric, method, model, layer)]:+.3f}" for layer in layers)
-                    table.add_row(METRIC_NAMES[metric], METHOD_NAMES[method], str(model), *values)
-        table.add_section()
-    return table
+    rows = [
+        {"metric": METRIC_NAMES[metric], "method": METHOD_NAMES[method], "model": str(model)}
+        | {f"layer {layer}": summary.loc[(metric, method, model, layer)] for layer in layers}
+        for metric in metrics
+        for method in METHOD_NAMES
+        for model in frame["model"].unique()
+        if (metric, method, model, layers[0]) in summary.index
+    ]
+    texts = (Column(name, name) for name in ("metric", "method", "model"))
+    columns = (*texts, *(Column(f"layer {layer}", f"layer {layer}") for layer in layers))
+    return Sheet("layers", "By layer (mean over episodes)", pd.DataFrame(rows), columns)
 
 
-def bundled_table(measured: pd.DataFrame) -> Table:
+def bundled_table(measured: pd.DataFrame) -> Sheet:
     """Accuracy of the bundled learner, one row per task and setting, trained beside untrained."""
-    table = _table("Accuracy on fresh episodes", ["labels", "classes", "k", "ICL", "ZSL", "untrained ICL", "untrained ZSL"])
+    shown = {
+        f"{'' if model == 'trained' else 'untrained '}{run.upper()}": (model, run)
+        for model in ("trained", "untrained")
+        for run in ("icl", "zsl")
+    }
+    rows = []
     for setting, group in measured.groupby(["mapping", "n_classes", "k"], sort=False):
         models = group.set_index("model")
-        shown = [f"{models.loc[model, run]:.3f}" for model in ("trained", "untrained") for run in ("icl", "zsl")]
-        table.add_row(*map(str, setting), *shown)
-    return table
+        row: dict[str, Any] = dict(zip(("labels", "classes", "k"), setting, strict=True))
+        rows.append(row | {name: models.loc[place] for name, place in shown.items()})
+    columns = (*(Column(name, name) for name in ("labels", "classes", "k")), *(Column(name, name, style=".3f") for name in shown))
+    return Sheet("bundled", "Accuracy on fresh episodes", pd.DataFrame(rows), columns)
 
 
 def verdict(frame: pd.DataFrame, metric: str = "sim_aou") -> str:
@@ -110,16 +132,13 @@ def _difference(difference: Estimate) -> str:
     return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
-def _plus_minus(row: pd.Series, sign: str = "+") -> str:
-    if row["mean"] != row["mean"]:
-        return "undefined"
-    mean = f"{row['mean']:{sign}.3f}"
-    return mean if row["low"] != row["low"] else f"{mean} ±{row['high'] - row['mean']:.3f}"
+def _cells(summary: pd.DataFrame, key: Any, name: str) -> list[tuple[str, Any]]:
+    """A mean and half of its interval, under the names that `_column` shows."""
+    if key not in summary.index:
+        return [(name, None), (f"{name} half", None)]
+    row = summary.loc[key]
+    return [(name, row["mean"]), (f"{name} half", row["high"] - row["mean"])]
 
 
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    text = ("run", "metric", "method", "model", "labels")
-    for column in columns:
-        table.add_column(column, justify="left" if column in text else "right", no_wrap=True)
-    return table
+def _column(name: str, style: str = "+.3f") -> Column:
+    return Column(name, name, spread=f"{name} half", style=style)

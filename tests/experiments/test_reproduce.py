@@ -1,7 +1,7 @@
 """A whole run: offline, resumed, and with numbers that only change on purpose."""
 
 import json
-from importlib.metadata import version
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from iclgd_lens.experiments import reproduce as running
 from iclgd_lens.experiments.compare import CONTROLS, compare
 from iclgd_lens.experiments.protocol import TWINS, Protocol
 from iclgd_lens.experiments.reproduce import FRAMES, reproduce
-from iclgd_lens.experiments.setting import write_setting
 
 GOLDEN = Path(__file__).parent / "golden.csv"
 
@@ -275,10 +274,6 @@ def test_the_model_is_left_as_it_was(bundled, tmp_path):
     assert not any(point.fwd_hooks or point.bwd_hooks for point in bundled.hook_dict.values())
 
 
-def test_the_setting_says_what_was_run(bundled, tmp_path):
-    write_setting(tmp_path / "setting.json", bundled, "bundled", SMALL)
-    setting = json.loads((tmp_path / "setting.json").read_text())
-    assert setting["model"]["name"] == "bundled"
-    assert setting["protocol"]["grid"] == [0.01, 0.1, 1.0]
-    assert setting["plans"]["bundled/natural"]["tuning_seeds"] == [1000, 1001]
-    assert setting["versions"]["torch"] == version("torch")
+def test_a_protocol_is_made_of_the_json_of_one():
+    protocol = Protocol(tasks=("bundled/natural",), seeds=(3, 4), lr=0.1, options={"loss_on": "label"})
+    assert Protocol.from_json(json.loads(json.dumps(asdict(protocol)))) == protocol

@@ -141,7 +141,7 @@ def test_what_an_earlier_run_left_is_removed_and_nothing_else(results, tmp_path)
 
 
 def test_figures_data_are_the_rows_that_are_drawn(results):
-    figures = paper_figures(results)
+    figures = paper_figures(results.frames)
     for name, (_, data) in figures.items():
         assert set(data["control"]) == {"none"}
         assert set(data["model"]) == ({"trained"} if name != "figure3" else {"trained", "untrained", "untrained, ln kept"})
@@ -174,4 +174,4 @@ def test_a_run_with_less_has_the_tables_and_figures_that_it_has_numbers_for(tmp_
         assert sheet.latex()
         assert sheet.markdown()
     assert write_paper_figures(results, tmp_path, pictures=False) == ""
-    assert bool(paper_figures(results)) == (options.get("lr") is None)
+    assert bool(paper_figures(results.frames)) == (options.get("lr") is None)

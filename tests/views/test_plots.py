@@ -11,11 +11,18 @@ from plotly import graph_objects as go
 
 from iclgd_lens import Comparison, compare, load_task
 from iclgd_lens.experiments.learning_rate import similarity_by_rate
-from iclgd_lens.views.plots import COLOURS, SIMILARITIES, alpha_figure, gradient_figure, layer_figure, rate_figure
+from iclgd_lens.views.plots import COLOURS, SIMILARITIES, alpha_figure, gradient_figure, layer_figure, rate_figure, tick_step
 
 TASKS = ("bundled/remapped", "bundled/natural")
 SEEDS = (0, 1, 2)
 RATES = (0.01, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("largest", "step"), [(0, 1), (3, 1), (6, 1), (7, 2), (12, 2), (23, 5), (30, 5), (31, 10), (47, 10), (61, 20)]
+)
+def test_ticks_are_few_and_on_round_numbers(largest, step):
+    assert tick_step(largest) == step
 
 
 @pytest.fixture(scope="module")

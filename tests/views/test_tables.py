@@ -3,16 +3,16 @@
 import pandas as pd
 import pytest
 from rich.console import Console
-from rich.table import Table
 
 from iclgd_lens import compare, load_task
+from iclgd_lens.views.sheets import Sheet
 from iclgd_lens.views.tables import accuracy_table, layer_table, similarity_table, verdict
 
 
-def shown(table: Table) -> str:
+def shown(sheet: Sheet) -> str:
     console = Console(width=160)
     with console.capture() as captured:
-        console.print(table)
+        console.print(sheet.rich())
     return captured.get()
 
 
@@ -28,7 +28,7 @@ def test_accuracy_table_shows_every_run_of_both_models(frame: pd.DataFrame):
     for name in ("ZSL", "ICL", "FT by GD", "FT by LCGD", "trained", "untrained"):
         assert name in text
     icl = frame.query("metric == 'accuracy' and method == 'icl' and model == 'trained'")["value"].mean()
-    (line,) = [line for line in text.splitlines() if " ICL " in line]
+    (line,) = [line for line in text.splitlines() if line.startswith("ICL ")]
     assert f"{icl:.3f}" in line
 
 
@@ -38,7 +38,7 @@ def test_similarity_table_puts_trained_beside_untrained_beside_random(frame: pd.
     of_metric = frame.query("metric == 'sim_aou' and method == 'lcgd' and subset == 'all'")
     for condition in (("trained", "none"), ("untrained", "none"), ("trained", "random")):
         mean = of_metric.set_index(["model", "control"]).loc[condition, "value"].mean()
-        assert f"{mean:+.3f} ±" in line
+        assert f"{mean:+.3f} ±".replace("-", "−") in line
     assert text.count("SimAM ") == text.count("SimAM, ZSL ref.") == 2
 
 

@@ -1,0 +1,22 @@
+"""The command `iclgd report`: the page of a run, made anew from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from iclgd_lens.cli.common import console, errors_for_people
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that iclgd demo, kernels or reproduce wrote.")],
+) -> None:
+    """Write a run's report: one page with its summary, tables, figures, an example of attention and its setting."""
+    with errors_for_people(), console.status("writing the report"):
+        from iclgd_lens.experiments.folder import RunFolder
+        from iclgd_lens.views.report import write_report
+
+        path = write_report(RunFolder.read(run))
+    console.print(f"Report: {path}", soft_wrap=True, markup=False)

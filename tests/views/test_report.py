@@ -1,0 +1,166 @@
+"""The report says what the frames say, and opens from disk in a browser without network."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from iclgd_lens import Protocol, attention_example, compare, gd, lcgd, load_task, reproduce, untrained_twin
+from iclgd_lens.experiments.comparison import Comparison
+from iclgd_lens.experiments.folder import RunFolder, write_frames, write_setting
+from iclgd_lens.views.report import EXAMPLE, sheets, summary, write_report
+from tests.pages import opened
+from tests.views.test_attention import MARKUP, with_markup
+
+
+@pytest.fixture(scope="module")
+def folder(bundled, tmp_path_factory) -> Path:
+    """A comparison of two episodes with kernel views."""
+    out, task = tmp_path_factory.mktemp("run"), load_task("bundled/remapped")
+    episodes = [task.episode(bundled, k=4, n_queries=6, seed=seed) for seed in range(2)]
+    twins = [untrained_twin(bundled, seed=seed) for seed in range(2)]
+    pairs = zip(episodes, twins, strict=True)
+    found = [compare(bundled, episode, untrained=twin, lr=0.1, kernels=True) for episode, twin in pairs]
+    write_frames(out, Comparison.concatenated(found).frames)
+    write_setting(out, bundled, "bundled", {"command": "kernels", "lr": 0.1})
+    demonstrations = episodes[0].demonstrations
+    updates = {"gd": gd(bundled, demonstrations, lr=0.1), "lcgd": lcgd(bundled, demonstrations, lr=0.1)}
+    attention_example(bundled, episodes[0], updates, range(3)).save(out / EXAMPLE)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(folder) -> RunFolder:
+    return RunFolder.read(folder)
+
+
+@pytest.fixture(scope="module")
+def written(run) -> Path:
+    return write_report(run)
+
+
+def test_the_summary_quotes_the_frame(run):
+    text = " ".join(summary(run))
+    frame = run.frames["frame"]
+    right = frame[(frame["metric"] == "accuracy") & (frame["model"] == "trained") & (frame["method"] == "icl")]["value"].mean()
+    assert "iclgd kernels: 2 draws of 4 demonstrations and 6 queries, on bundled (4 layers of 4 heads" in text
+    assert "FT by LCGD on bundled/remapped 0.1" in text
+    assert f"ICL {right:.2f}" in text
+    assert text.count("LCGD − GD") == 2
+    assert "LCGD trained − untrained" in text
+    assert "Smoothing makes" in text
+
+
+def test_updates_that_diverged_are_named(run):
+    problems = pd.DataFrame({"problem": ["LCGD went wild"]})
+    text = " ".join(summary(replace(run, frames=run.frames | {"problems": problems})))
+    assert "Updates that diverged and are in no number: 1. The first: LCGD went wild" in text
+
+
+def test_every_table_is_on_the_page_cell_by_cell(run, written):
+    found, text = sheets(run), written.read_text()
+    assert {"accuracy", "similarity", "layers", "kernels_tangent", "kernels_readings"} <= {sheet.name for sheet in found}
+    for sheet in found:
+        assert sheet.html() in text
+        assert sheet.html().count("<tr>") == 1 + len(sheet.numbers)
+
+
+def test_libraries_stand_on_the_page_once(written):
+    text = written.read_text()
+    assert text.count("var CircuitsVis=") == 1
+    assert text.count("plotly.js v") == 1
+
+
+def test_a_run_of_a_protocol_has_the_papers_tables(bundled, tmp_path):
+    protocol = Protocol(tasks=("bundled/natural",), seeds=(0, 1), k=3, n_queries=4, orders=1, lr=0.1, twins=("untrained",))
+    reproduce(bundled, protocol, tmp_path)
+    write_setting(tmp_path, bundled, "bundled", {"command": "reproduce", "protocol": asdict(protocol)})
+    found = RunFolder.read(tmp_path)
+    assert {"table1", "table2", "table3"} <= {sheet.name for sheet in sheets(found)}
+    path = write_report(found)
+    assert path == tmp_path / "report.html"
+    assert "iclgd reproduce" in path.read_text()
+    assert 'id="attention"' not in path.read_text()
+
+
+@pytest.mark.parametrize("width", [1280, 700])
+def test_the_page_is_drawn_offline(chromium, written, width):
+    with opened(chromium, written, width) as shown:
+        shown.wait_for_timeout(1000)
+        figures = shown.locator(".figure")
+        assert figures.count() >= 3
+        for number in range(figures.count()):
+            drawn = figures.nth(number).locator("svg.main-svg").first
+            assert drawn.locator("path, rect, image").count() > 3
+            box = drawn.bounding_box()
+            assert 0.8 * width < box["width"] <= width
+        assert shown.locator("table").count() == written.read_text().count("<thead>")
+        assert shown.locator(".iclgd-tokens .colored-tokens").count() == 3 * 4
+        before = shown.locator(".iclgd-table").inner_html()
+        for name, option in (("query", "2"), ("layer", "0"), ("head", "3")):
+            shown.select_option(f"select[name={name}]", option)
+            shown.wait_for_timeout(200)
+            after = shown.locator(".iclgd-table").inner_html()
+            assert after != before, name
+            before = after
+        assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_markup_in_data_and_names_stays_text(chromium, run, folder, tmp_path):
+    frames = {name: frame.assign(task=MARKUP) if "task" in frame else frame for name, frame in run.frames.items()}
+    setting = json.loads(json.dumps(run.setting)) | {"note": MARKUP}
+    write_frames(tmp_path, frames)
+    (tmp_path / "setting.json").write_text(json.dumps(setting))
+    from iclgd_lens import AttentionExample
+
+    with_markup(AttentionExample.load(folder / EXAMPLE)).save(tmp_path / EXAMPLE)
+    with opened(chromium, write_report(RunFolder.read(tmp_path))) as shown:
+        shown.wait_for_timeout(500)
+        assert MARKUP in shown.locator("h1").text_content()
+        assert shown.title().endswith(f"{MARKUP} on bundled")
+        assert MARKUP in json.loads(shown.locator("pre").text_content())["note"]
+        assert shown.locator("img").count() == 0
+        token = shown.locator("[data-method=ICL] .colored-tokens span span").first
+        assert token.text_content().replace("\xa0", " ") == MARKUP
+
+
+def test_a_large_run_stays_small_and_opens_fast(chromium, run, tmp_path):
+    """Six tasks, three draws, 24 layers of 16 heads, and an example of 900 tokens."""
+    frame, gradients = run.frames["frame"], run.frames["gradients"]
+    plain = frame[~frame["metric"].str.contains("tangent|proxy|hidden|contribution|coefficient|trajectory|cka|attention|label_a")]
+    layered = plain[plain["layer"].notna() & (plain["layer"] == 0)]
+    per_task = [plain[plain["layer"].isna()], *(layered.assign(layer=layer) for layer in range(24))]
+    one = pd.concat(per_task)
+    large = pd.concat([one.assign(task=f"task {task}", seed=one["seed"] + 2 * part) for task in range(6) for part in range(2)])
+    deep = pd.concat([gradients[gradients["layer"] == 0].assign(layer=layer) for layer in range(24)])
+    deep = pd.concat([deep.assign(task=f"task {task}") for task in range(6)])
+    large = large[large["seed"] < 3].astype({"layer": "Int64"})
+    write_frames(tmp_path, {**run.frames, "frame": large, "gradients": deep})
+    (tmp_path / "setting.json").write_text(json.dumps(run.setting))
+    from iclgd_lens import AttentionExample
+
+    small = AttentionExample.load(run.path / EXAMPLE)
+    n_queries, n_tokens = 2, 900
+    cells = 3 * n_queries * 24 * 17
+    rng = np.random.default_rng(0)
+    import base64
+
+    replace(
+        small,
+        demonstrations=(("word",) * 30,) * 30,
+        labels=("yes",) * 30,
+        queries=small.queries[:n_queries],
+        shape=(3, n_queries, 24, 17),
+        weights=base64.b64encode(rng.integers(0, 256, cells * n_tokens, dtype=np.uint8).tobytes()).decode(),
+        scale=(0.01,) * cells,
+        tau=(0.1,) * cells,
+    ).save(tmp_path / EXAMPLE)
+    path = write_report(RunFolder.read(tmp_path))
+    assert path.stat().st_size < 15e6
+    with opened(chromium, path) as shown:
+        assert shown.locator(".figure svg.main-svg").count() >= 3
