@@ -114,6 +114,7 @@ def test_the_page_is_drawn_offline(chromium, written, width):
 def test_markup_in_data_and_names_stays_text(chromium, run, folder, tmp_path):
     frames = {name: frame.assign(task=MARKUP) if "task" in frame else frame for name, frame in run.frames.items()}
     setting = json.loads(json.dumps(run.setting)) | {"note": MARKUP}
+    setting["model"]["name"] = MARKUP
     write_frames(tmp_path, frames)
     (tmp_path / "setting.json").write_text(json.dumps(setting))
     from iclgd_lens import AttentionExample
@@ -121,8 +122,8 @@ def test_markup_in_data_and_names_stays_text(chromium, run, folder, tmp_path):
     with_markup(AttentionExample.load(folder / EXAMPLE)).save(tmp_path / EXAMPLE)
     with opened(chromium, write_report(RunFolder.read(tmp_path))) as shown:
         shown.wait_for_timeout(500)
-        assert MARKUP in shown.locator("h1").text_content()
-        assert shown.title().endswith(f"{MARKUP} on bundled")
+        assert shown.locator("h1").text_content().endswith(f"{MARKUP} on {MARKUP}")
+        assert shown.title().endswith(f"{MARKUP} on {MARKUP}")
         assert MARKUP in json.loads(shown.locator("pre").text_content())["note"]
         assert shown.locator("img").count() == 0
         token = shown.locator("[data-method=ICL] .colored-tokens span span").first

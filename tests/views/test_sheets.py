@@ -117,6 +117,14 @@ def test_markdown_rows_have_as_many_cells_as_there_are_columns():
     assert r"a_b\|c" in table[2]
 
 
+def test_html_escapes_cells_headers_title_and_note():
+    hostile = "<b>&"
+    numbers = pd.DataFrame({"task": [hostile]})
+    text = Sheet("numbers", hostile, numbers, (Column(hostile, "task"),), hostile).html()
+    assert hostile not in text
+    assert text.count("&lt;b&gt;&amp;") == 4
+
+
 def test_a_sheet_without_a_note_has_none():
     bare = Sheet("numbers", "Title", NUMBERS, COLUMNS)
     assert bare.markdown().rstrip().endswith("|")
