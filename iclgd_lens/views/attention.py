@@ -22,7 +22,7 @@ from transformer_lens import HookedTransformer
 from iclgd_lens.data.episodes import Episode, require_fit
 from iclgd_lens.data.prompts import Demonstration, Query, context_tokens
 from iclgd_lens.files import write_text
-from iclgd_lens.kernels.implied import icl_attention, implied_attention
+from iclgd_lens.kernels.implied import icl_attention, implied_attention, without_ends
 from iclgd_lens.metrics.ranking import kendall_tau
 from iclgd_lens.metrics.similarity import sim_am_delta
 from iclgd_lens.models.precision import wide
@@ -56,7 +56,8 @@ class AttentionExample:
         shape: `[method, query, layer, head]`.
         weights: `[method query layer head token]`: bytes in base64.
         scale: `[method query layer head]`, flattened: the share that 255 stands for.
-        tau: `[method query layer head]`, flattened: Kendall's τ with ICL's weights; None where there is none.
+        tau: `[method query layer head]`, flattened: Kendall's τ with ICL's weights, without each demonstration's last token, which a
+            gradient step pays nothing; None where there is none.
     """
 
     task: str
@@ -122,7 +123,8 @@ def attention_example(
     weights = [icl_attention(icl, demonstrations)]
     weights += [implied_attention(update.attribution(zsl), demonstrations) for update in updates.values()]
     shares = torch.stack([_shares(each) for each in weights])
-    tau = kendall_tau(shares[:1], shares)
+    compared = without_ends(shares, demonstrations)
+    tau = kendall_tau(compared[:1], compared)
     tau[0] = torch.nan
     largest = shares.amax(dim=-1)
     steps = (shares / largest[..., None].masked_fill(largest[..., None] == 0, 1.0) * 255).round().to(torch.uint8)
