@@ -56,8 +56,8 @@ class AttentionExample:
         shape: `[method, query, layer, head]`.
         weights: `[method query layer head token]`: bytes in base64.
         scale: `[method query layer head]`, flattened: the share that 255 stands for.
-        tau: `[method query layer head]`, flattened: Kendall's τ with ICL's weights, without each demonstration's last token, which a
-            gradient step pays nothing; None where there is none.
+        tau: `[method query layer head]`, flattened: Kendall's τ with ICL's weights, without each demonstration's last token,
+            which a gradient step pays nothing; None where there is none.
     """
 
     task: str

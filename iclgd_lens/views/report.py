@@ -126,7 +126,8 @@ def _attention(example: AttentionExample) -> list[str]:
     return [
         '<h2 id="attention">Attention</h2>',
         f"<p>What each token of the demonstrations weighs for a query of {escape(example.task)}: in-context attention, and the "
-        "attention that updates imply, as shares of all tokens. A gradient step pays a label's last token nothing, so τ leaves these out.</p>",
+        "attention that updates imply, as shares of all tokens. A gradient step pays a label's last token nothing, so τ leaves "
+        "these out.</p>",
         circuitsvis_script(),
         example.view().body,
     ]
