@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from iclgd_lens.experiments.results import write_frame
 
-RESULTS_FORMAT = 1
+RESULTS_FORMAT = 2
 """Raised when the meaning of results changes, so that older cells are made anew."""
 
 log = logging.getLogger(__name__)

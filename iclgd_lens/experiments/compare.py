@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.controls import permuted, shuffled_labels
@@ -24,14 +25,18 @@ from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.experiments.comparison import Comparison, Rows, source_columns
 from iclgd_lens.experiments.kernels import TICKS, kernel_rows, require_kernel_views
 from iclgd_lens.experiments.measure import (
+    alpha_rows,
     by_chunks,
     gradient_rows,
     output_rows,
+    per_head_rows,
     query_rows,
     rec2ftp_rows,
     run_rows,
+    similarities,
     similarity_rows,
 )
+from iclgd_lens.metrics.agreement import false_to_true
 from iclgd_lens.metrics.controls import random_update
 from iclgd_lens.metrics.similarity import sim_am
 from iclgd_lens.runs.activations import Activations, Kept
@@ -59,7 +64,10 @@ CONTROLS: tuple[Control, ...] = get_args(Control)
 
 T = TypeVar("T")
 
-KEEP: tuple[Kept, ...] = ("attn_out", "query_scores", "label_log_probs")
+KEEP: tuple[Kept, ...] = ("attn_out", "query_scores", "label_log_probs", "lens_logits")
+
+OF_HEADS = ("sim_am", "sim_am_delta")
+"""The similarities that the frame of heads has."""
 
 
 def compare(
@@ -229,7 +237,7 @@ class Reference:
         """
         rows = Rows(source_columns(self.episode, options, self.called))
         for name, run in (("zsl", self.zsl), ("icl", self.icl)):
-            rows.add("frame", run_rows(run), method=name)
+            rows.add("frame", run_rows(run, self.episode.label_tokens), method=name)
             rows.add("queries", query_rows(run, self.episode.label_words), method=name)
         rows.add("frame", output_rows(self.icl, self.zsl), method="zsl")
 
@@ -258,7 +266,9 @@ class Reference:
             # α compares LCGD with the true GD, also when a control stands in the place of LCGD.
             gd_run = runs.get("gd") if method == "lcgd" else None
             self._add_outputs(rows, runs[method], about)
-            rows.add("frame", similarity_rows(self.icl, runs[method], self.zsl, gd_run, unchanged), **about)
+            found = self._add_similarities(rows, runs[method], gd_run, unchanged, about)
+            for metric in OF_HEADS:
+                rows.add("heads", per_head_rows(metric, found[metric]), **about)
             for control in controls:
                 about["control"] = control
                 controlled = partial(self._controlled, control, update, runs[method], makers[method], other)
@@ -267,7 +277,7 @@ class Reference:
                     continue
                 if control != "random":  # which changes what attention did, and no output
                     self._add_outputs(rows, ft, about)
-                rows.add("frame", similarity_rows(self.icl, ft, self.zsl, gd_run, unchanged), **about)
+                self._add_similarities(rows, ft, gd_run, unchanged, about)
         if kernels:
 
             def in_epochs(method: str, epochs: int) -> ParameterUpdate:
@@ -278,10 +288,10 @@ class Reference:
                 return unless_diverged(made, method=method, lr=rates[method])
 
             everything = {"zsl": self.zsl, "icl": self.icl, **runs}
-            for name, about_control, found in kernel_rows(
+            for part, name, about_control, views in kernel_rows(
                 self.model, self.episode, everything, updates, options["parameters"], in_epochs, attempt, self.tick
             ):
-                rows.add("frame", found, method=name, lr=rates.get(name), control=about_control)
+                rows.add(part, views, method=name, lr=rates.get(name), control=about_control)
         return rows.comparison()
 
     def _update(
@@ -319,6 +329,15 @@ class Reference:
         return None if demonstrations is None else self.run(update=make(demonstrations, source))
 
     def _add_outputs(self, rows: Rows, ft: Activations, about: dict[str, Any]) -> None:
-        rows.add("frame", run_rows(ft), **about)
+        rows.add("frame", run_rows(ft, self.episode.label_tokens), **about)
         rows.add("frame", output_rows(self.icl, ft), **about)
         rows.add("frame", rec2ftp_rows(self.icl, ft, self.zsl), **about)
+
+    def _add_similarities(
+        self, rows: Rows, ft: Activations, gd_run: Activations | None, unchanged: Tensor, about: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        found = similarities(self.icl, ft, self.zsl, unchanged)
+        rows.add("frame", similarity_rows(found, false_to_true(self.icl, ft, self.zsl)), **about)
+        if gd_run is not None:
+            rows.add("frame", alpha_rows(ft, gd_run, self.zsl), **about)
+        return found

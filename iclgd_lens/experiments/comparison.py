@@ -11,7 +11,7 @@ import pandas as pd
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.measure import Row
 
-PARTS = ("frame", "queries", "gradients", "problems")
+PARTS = ("frame", "queries", "gradients", "heads", "problems")
 """The frames of a comparison."""
 
 ABOUT = ("method", "lr", "control")
@@ -19,6 +19,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "frame": (*ABOUT, "subset", "layer", "metric", "value", "n", "undefined"),
     "queries": (*ABOUT, "query", "label", "is_gold", "probability"),
     "gradients": (*ABOUT, "layer", "step", "gradient_norm"),
+    "heads": (*ABOUT, "layer", "head", "metric", "value", "n", "undefined"),
     "problems": (*ABOUT, "problem"),
 }
 """The columns of each frame after those that say which episode, options and model a row is about."""
@@ -27,6 +28,7 @@ TYPES: dict[str, dict[str, str]] = {
     "frame": {"lr": "float64", "layer": "Int64", "value": "float64", "n": "int64", "undefined": "int64"},
     "queries": {"lr": "float64", "query": "int64", "is_gold": "bool", "probability": "float64"},
     "gradients": {"lr": "float64", "layer": "int64", "step": "int64", "gradient_norm": "float64"},
+    "heads": {"lr": "float64", "layer": "int64", "head": "int64", "value": "float64", "n": "int64", "undefined": "int64"},
     "problems": {"lr": "float64"},
 }
 """The types of those of its columns that hold numbers."""
@@ -47,12 +49,15 @@ class Comparison:
         queries: One row per query and label word, of true updates: `label`, `is_gold`, and its `probability` among the label
             words.
         gradients: One row per layer and step of every true update: `gradient_norm`, the ℓ2 norm over the trained parameters.
+        heads: One row per metric, layer and head of every true update, over all queries; `value`, `n` and `undefined` as in
+            `frame`. Those of the kernel views are there if they were wanted.
         problems: One row per update that diverged, with its `problem` in words; such an update has no other rows.
     """
 
     frame: pd.DataFrame
     queries: pd.DataFrame
     gradients: pd.DataFrame
+    heads: pd.DataFrame
     problems: pd.DataFrame
 
     @property
@@ -78,6 +83,7 @@ class Rows:
     frame: list[Row] = field(default_factory=list)
     queries: list[Row] = field(default_factory=list)
     gradients: list[Row] = field(default_factory=list)
+    heads: list[Row] = field(default_factory=list)
     problems: list[Row] = field(default_factory=list)
 
     def add(self, part: str, rows: Iterable[Row], *, method: str, lr: float | None = None, control: str = "none") -> None:

@@ -18,7 +18,7 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
-from iclgd_lens.experiments.measure import Row, metric_rows
+from iclgd_lens.experiments.measure import Row, metric_rows, per_head_rows
 from iclgd_lens.kernels.implied import (
     Agreement,
     Reading,
@@ -31,7 +31,7 @@ from iclgd_lens.kernels.implied import (
     proxy_attention,
     without_ends,
 )
-from iclgd_lens.kernels.smoother import decompose
+from iclgd_lens.kernels.smoother import Decomposition, decompose
 from iclgd_lens.metrics.ranking import shuffled_weights
 from iclgd_lens.metrics.similarity import OUTPUT_ROUNDING, cosine, difference
 from iclgd_lens.runs.activations import Activations
@@ -45,6 +45,9 @@ BATCH = 8
 STATISTICS = ("kendall", "spearman", "cosine", "top_k_recall")
 """The statistics of `Agreement`."""
 
+OF_HEADS = ("demonstration_mass", "contribution_token_kendall")
+"""The metrics that the frame of heads has, too, beside the smoothing share, which is each head's own there."""
+
 Values = dict[tuple[str, str, str], list[Float[Tensor, "batch layer *head"]]]
 """Values of a metric, batch by batch, under (method, control, metric)."""
 
@@ -54,16 +57,14 @@ class AttentionViews:
     """What streaming the queries found.
 
     Attributes:
-        rows: Rows of the tidy frame, under (method, control).
+        rows: Rows of the tidy frame and, with a `head`, of the frame of heads, under (method, control).
         demonstration_attention: `[query layer head demonstration]`: in-context attention to each demonstration.
         label_attention: `[query layer head demonstration]`: in-context attention to each demonstration's label.
-        lens_logits: `[query layer label]`: in-context logit-lens logits.
     """
 
     rows: dict[tuple[str, str], list[Row]]
     demonstration_attention: Float[Tensor, "query layer head demonstration"]
     label_attention: Float[Tensor, "query layer head demonstration"]
-    lens_logits: Float[Tensor, "query layer label"]
 
 
 def attention_views(
@@ -89,19 +90,22 @@ def attention_views(
         model,
         episode.queries,
         context=demonstrations,
-        keep=["head_out", "demonstration_out", "demonstration_attention", "label_attention", "context_scores", "lens_logits"],
+        keep=["head_out", "demonstration_out", "demonstration_attention", "label_attention", "context_scores"],
         batch_size=BATCH,
     )
     trained = demonstration_queries(model, demonstrations)
     values: Values = defaultdict(list)
     order: list[Int[Tensor, "batch"]] = []
     kept: dict[str, list[Tensor]] = defaultdict(list)
+    head_shares: list[Float[Tensor, "batch layer head"]] = []
     for number, ((rows, zsl), (_, icl)) in enumerate(zip(zero_shot, in_context, strict=True)):
         order.append(rows)
-        for name in ("demonstration_attention", "label_attention", "lens_logits"):
+        for name in ("demonstration_attention", "label_attention"):
             kept[name].append(icl.kept[name])
-        for metric, value in _smoothing(icl, zsl):
+        parts = decompose(icl, zsl)
+        for metric, value in _smoothing(parts):
             values["icl", "none", metric].append(value)
+        head_shares.append(parts.head_smoothing.share)
         attention = icl_attention(icl, demonstrations)
         readings = {("icl", "proxy"): proxy_attention(model, zsl, trained)}
         for method, update in updates.items():
@@ -119,13 +123,15 @@ def attention_views(
     back = torch.cat(order).argsort().to(model.cfg.device)
     table: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for (method, control, metric), batches in values.items():
-        table[method, control] += metric_rows(metric, torch.cat(batches))
-    whole = {name: torch.cat(batches)[back] for name, batches in kept.items()}
-    return AttentionViews(rows=table, **whole)
+        whole = torch.cat(batches)
+        table[method, control] += metric_rows(metric, whole)
+        if metric in OF_HEADS and control == "none":
+            table[method, control] += per_head_rows(metric, whole)
+    table["icl", "none"] += per_head_rows("smoothing_share", torch.cat(head_shares))
+    return AttentionViews(rows=table, **{name: torch.cat(batches)[back] for name, batches in kept.items()})
 
 
-def _smoothing(icl: Activations, zsl: Activations) -> Iterator[tuple[str, Float[Tensor, "batch layer *head"]]]:
-    found = decompose(icl, zsl)
+def _smoothing(found: Decomposition) -> Iterator[tuple[str, Float[Tensor, "batch layer *head"]]]:
     yield "demonstration_mass", found.mass
     yield "attention_change", found.delta_norm
     for name, term in (("smoothing", found.smoothing), ("drift", found.drift)):

@@ -18,7 +18,7 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.draws import shuffled
-from iclgd_lens.experiments.measure import Row, metric_rows
+from iclgd_lens.experiments.measure import Row, metric_rows, per_head_rows
 from iclgd_lens.kernels.alignment import centred_alignment
 from iclgd_lens.kernels.functional import Alignment, align_trajectories, functional_gd
 from iclgd_lens.kernels.labels import (
@@ -52,7 +52,7 @@ STEPS = 4
 """How many steps of functional gradient descent, and epochs of GD and LCGD, layers are matched with."""
 
 MetricRows = Iterator[tuple[str, str, Row]]
-"""Rows with the method and control that they are about."""
+"""Rows with the method and control that they are about; those with a `head` belong to the frame of heads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def head_rows(
 ) -> MetricRows:
     """Label regression with heads' attention as the kernel: the best head of all (`{name}_head_…`) and of every layer
     (`{name}_layer_…`), chosen on one half of the queries and scored on the other, beside the same with shuffled labels and, under
-    the control `"random"`, the mean over heads.
+    the control `"random"`, the mean over heads; and, of every head, how well it agrees with ICL (`{name}_agreement`).
 
     Args:
         attention: In-context attention to every demonstration.
@@ -141,6 +141,8 @@ def head_rows(
                     (f"{name}_layer_agreement", found),
                 ):
                     yield from ((method, "random", row) for row in metric_rows(label, values))
+                if method == "icl":
+                    yield from ((method, control, row) for row in per_head_rows(f"{name}_agreement", found))
 
 
 def _counted(row: Row, n_queries: int) -> Row:
@@ -291,7 +293,9 @@ def trajectory_rows(
     lens_logits: Float[Tensor, "query layer label"],
     labels: Labels,
 ) -> MetricRows:
-    """How well the layers of the in-context run go with iterates of functional gradient descent, by kernels of the last layer."""
+    """How well the layers of the in-context run go with iterates of functional gradient descent, by kernels of the last layer; and
+    the probability of the gold label by the iterate that each layer is matched with (`…_gold_probability`).
+    """
     layers = rearrange(wide(lens_logits), "query layer label -> layer query label").softmax(dim=-1)
     descents: dict[str, Callable[..., Float[Tensor, "iterate query label"]]] = {}
     points, asking = (x[:, -1] for x in (demonstrations, queries))
@@ -313,8 +317,12 @@ def trajectory_rows(
     for control, dealt in labels.controls.items():
         targets = [one_hot_labels(each, labels.count).to(theta) for each in dealt]
         for name, descend in descents.items():
-            found = [align_trajectories(layers, descend(targets=target).softmax(dim=-1)) for target in targets]
+            iterates = [descend(targets=target).softmax(dim=-1) for target in targets]
+            found = [align_trajectories(layers, each) for each in iterates]
             yield from _trajectory(name, "icl", control, found, len(queries))
+            matched = torch.stack([each[alignment.match] for each, alignment in zip(iterates, found, strict=True)]).mean(dim=0)
+            gold = rearrange(matched[:, torch.arange(len(queries)), labels.queries], "layer query -> query layer")
+            yield from (("icl", control, row) for row in metric_rows(f"{name}_gold_probability", gold))
 
 
 VANISHED = 1e-10

@@ -67,7 +67,7 @@ def kernel_rows(
     in_epochs: Callable[[str, int], ParameterUpdate],
     attempt: Callable[[str, Callable[[], ParameterUpdate]], ParameterUpdate | None],
     tick: Callable[[], None],
-) -> Iterator[tuple[str, str, list[Row]]]:
+) -> Iterator[tuple[str, str, str, list[Row]]]:
     """Compute every kernel view of one episode.
 
     Queries stream eight at a time; of a batch are held, per layer, the query's length times `3 d_model + heads` numbers, and of all
@@ -81,7 +81,7 @@ def kernel_rows(
     Args:
         model: The model.
         episode: The demonstrations and queries.
-        runs: The queries under `"zsl"`, `"icl"` and every update, by method, with `attn_out` and `label_log_probs`.
+        runs: The queries under `"zsl"`, `"icl"` and every update, by method, with `attn_out`, `label_log_probs` and `lens_logits`.
         updates: The updates, by method.
         parameters: The parameters that they train.
         in_epochs: Makes a method's update in so many epochs.
@@ -89,12 +89,13 @@ def kernel_rows(
         tick: Called `TICKS` times.
 
     Yields:
-        Rows with the method and control that they are about.
+        Rows with the part of a comparison that they belong to, `"frame"` or `"heads"`, and the method and control that they are
+        about.
     """
     labels = Labels.of(episode)
     attention = attention_views(model, episode, updates, runs)
     for (method, control), rows in attention.rows.items():
-        yield method, control, rows
+        yield from _grouped((method, control, row) for row in rows)
     tick()
 
     targets = {method: label_distribution(run) for method, run in runs.items() if method != "zsl"}
@@ -102,11 +103,11 @@ def kernel_rows(
     # A demonstration without its label is a prompt whose last token predicts it.
     prompts = [Query(each.tokens[: -each.n_label_tokens], episode.label_tokens, each.label) for each in episode.demonstrations]
     points = capture(model, prompts, keep=["residual"])
-    zsl = capture(model, episode.queries, keep=["residual", "lens_logits"])
+    zero_shot = capture(model, episode.queries, keep=["residual"]).residual
     for name, weights in (("attention", attention.demonstration_attention), ("label_attention", attention.label_attention)):
         yield from _grouped(head_rows(weights, labels, targets, name, episode.seed))
     yield from _grouped(majority_rows(targets))
-    yield from _grouped(hidden_rows(zsl.residual, points.residual, labels, targets))
+    yield from _grouped(hidden_rows(zero_shot, points.residual, labels, targets))
     tick()
 
     kernel = tangent_kernel(model, episode.demonstrations, episode.queries, parameters=parameters)
@@ -115,17 +116,18 @@ def kernel_rows(
     yield from _grouped(alignment_rows(kernel, attention.demonstration_attention, labels, episode.seed))
     tick()
 
-    yield from _grouped(trajectory_rows(kernel, zsl.residual, points.residual, attention.lens_logits, labels))
+    lens_logits = runs["icl"].lens_logits
+    yield from _grouped(trajectory_rows(kernel, zero_shot, points.residual, lens_logits, labels))
     for method in updates:
         if (update := attempt(method, partial(in_epochs, method, STEPS))) is not None:
-            yield from _grouped(epoch_rows(model, episode, update, attention.lens_logits, zsl.lens_logits[:, -1]))
+            yield from _grouped(epoch_rows(model, episode, update, lens_logits, runs["zsl"].lens_logits[:, -1]))
     tick()
 
 
-def _grouped(rows: MetricRows) -> Iterator[tuple[str, str, list[Row]]]:
-    """Put rows about the same method and control together, in the order in which these come first."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+def _grouped(rows: MetricRows) -> Iterator[tuple[str, str, str, list[Row]]]:
+    """Put rows of the same part about the same method and control together, in the order in which these come first."""
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for method, control, row in rows:
-        groups[method, control].append(row)
-    for (method, control), group in groups.items():
-        yield method, control, group
+        groups["heads" if "head" in row else "frame", method, control].append(row)
+    for (part, method, control), group in groups.items():
+        yield part, method, control, group

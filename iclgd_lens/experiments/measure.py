@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from iclgd_lens.metrics.agreement import (
     correct,
-    false_to_true,
     js_divergence,
     label_distribution,
     label_loss,
+    lens_gold_probability,
     rec2ftp,
     same_prediction,
 )
@@ -32,10 +32,12 @@ CHUNK = 256
 """How many queries a similarity is computed for at once."""
 
 
-def run_rows(run: Activations) -> Iterator[Row]:
-    """How well one run does the task."""
+def run_rows(run: Activations, label_tokens: Sequence[Int[Tensor, "label_pos"]]) -> Iterator[Row]:
+    """How well one run does the task; after every layer, too, where label words differ in the first token."""
     yield from metric_rows("accuracy", correct(run))
     yield from metric_rows("label_loss", label_loss(run))
+    if len({int(tokens[0]) for tokens in label_tokens}) == len(label_tokens):
+        yield from metric_rows("lens_gold_probability", lens_gold_probability(run))
 
 
 def output_rows(icl: Activations, other: Activations) -> Iterator[Row]:
@@ -44,31 +46,37 @@ def output_rows(icl: Activations, other: Activations) -> Iterator[Row]:
     yield from metric_rows("js_divergence", js_divergence(icl, other))
 
 
-def similarity_rows(
-    icl: Activations,
-    ft: Activations,
-    zsl: Activations,
-    gd: Activations | None,
-    unchanged: Float[Tensor, "query layer head"],
-) -> Iterator[Row]:
-    """How alike what demonstrations did to attention is to what an update did, over all queries and false-to-true ones.
+def similarities(
+    icl: Activations, ft: Activations, zsl: Activations, unchanged: Float[Tensor, "query layer head"]
+) -> dict[str, Float[Tensor, "query layer *head"]]:
+    """How alike what demonstrations did to attention is to what an update did, by metric.
 
     Args:
         icl: The queries in-context.
         ft: The same under an update.
         zsl: The same zero-shot.
-        gd: The same under GD, where `ft` is LCGD and α is wanted.
         unchanged: The reference of SimAM, `sim_am(icl, zsl)`.
     """
-    changed = false_to_true(icl, ft, zsl)
-    yield from _over_subsets("sim_aou", by_chunks(sim_aou, icl, ft, zsl), changed)
-    yield from _over_subsets("sim_aou_norm", by_chunks(sim_aou_norm, icl, ft, zsl), changed)
-    yield from _over_subsets("sim_am", by_chunks(sim_am, icl, ft), changed)
-    yield from _over_subsets("sim_am_zsl", unchanged, changed)
-    yield from _over_subsets("sim_am_delta", by_chunks(sim_am_delta, icl, ft, zsl), changed)
-    if gd is not None:
-        yield from metric_rows("alpha_aou", by_chunks(partial(alpha, of="attn_out"), ft, gd, zsl))
-        yield from metric_rows("alpha_am", by_chunks(partial(alpha, of="query_scores"), ft, gd, zsl))
+    return {
+        "sim_aou": by_chunks(sim_aou, icl, ft, zsl),
+        "sim_aou_norm": by_chunks(sim_aou_norm, icl, ft, zsl),
+        "sim_am": by_chunks(sim_am, icl, ft),
+        "sim_am_zsl": unchanged,
+        "sim_am_delta": by_chunks(sim_am_delta, icl, ft, zsl),
+    }
+
+
+def similarity_rows(found: Mapping[str, Float[Tensor, "query layer *head"]], changed: Bool[Tensor, "query"]) -> Iterator[Row]:
+    """Similarities over all queries, and over those that are `false_to_true`."""
+    for metric, values in found.items():
+        yield from metric_rows(metric, values)
+        yield from metric_rows(metric, values[changed], subset="false_to_true")
+
+
+def alpha_rows(lcgd: Activations, gd: Activations, zsl: Activations) -> Iterator[Row]:
+    """How alike LCGD's and GD's updates are (Deutch et al. 2024, Figure 2)."""
+    yield from metric_rows("alpha_aou", by_chunks(partial(alpha, of="attn_out"), lcgd, gd, zsl))
+    yield from metric_rows("alpha_am", by_chunks(partial(alpha, of="query_scores"), lcgd, gd, zsl))
 
 
 def by_chunks(similarity: Callable[..., Tensor], *runs: Activations) -> Tensor:
@@ -98,11 +106,6 @@ def gradient_rows(update: ParameterUpdate) -> Iterator[Row]:
             yield {"layer": layer, "step": step, "gradient_norm": norm}
 
 
-def _over_subsets(metric: str, values: Float[Tensor, "query layer *head"], changed: Bool[Tensor, "query"]) -> Iterator[Row]:
-    yield from metric_rows(metric, values)
-    yield from metric_rows(metric, values[changed], subset="false_to_true")
-
-
 def metric_rows(metric: str, values: Tensor, subset: Subset = "all") -> Iterator[Row]:
     """One row per layer, `values` being `[query layer ...]`, or one row for `[query]` values of the whole model."""
     layers = [(None, values)] if values.ndim == 1 else list(enumerate(values.unbind(dim=1)))
@@ -116,3 +119,12 @@ def metric_rows(metric: str, values: Tensor, subset: Subset = "all") -> Iterator
             "n": len(defined),
             "undefined": per_query.numel() - len(defined),
         }
+
+
+def per_head_rows(metric: str, values: Float[Tensor, "query layer head"]) -> Iterator[Row]:
+    """One row per layer and head, for the frame of heads."""
+    n = (~values.isnan()).sum(dim=0).cpu()
+    means = values.cpu().double().nanmean(dim=0)
+    for layer, (of_layer, counts) in enumerate(zip(means.tolist(), n.tolist(), strict=True)):
+        for head, (mean, count) in enumerate(zip(of_layer, counts, strict=True)):
+            yield {"layer": layer, "head": head, "metric": metric, "value": mean, "n": count, "undefined": len(values) - count}

@@ -42,6 +42,7 @@ class Results:
         frame: As in `Comparison`, of all cells.
         queries: As in `Comparison`.
         gradients: As in `Comparison`.
+        heads: As in `Comparison`.
         problems: As in `Comparison`.
         rates: The learning rates used, one row per task and method: `task`, `method`, `lr`.
         searched: What `learning_rate.search` found; empty unless the protocol's `lr` is `"auto"`.
@@ -53,6 +54,7 @@ class Results:
     frame: pd.DataFrame
     queries: pd.DataFrame
     gradients: pd.DataFrame
+    heads: pd.DataFrame
     problems: pd.DataFrame
     rates: pd.DataFrame
     searched: pd.DataFrame
@@ -183,6 +185,7 @@ class _Run:
             whole.frame,
             whole.queries,
             whole.gradients,
+            whole.heads,
             pd.concat([whole.problems, pd.DataFrame(problems)], ignore_index=True) if problems else whole.problems,
             pd.DataFrame(rates, columns=["task", "method", "lr"]),
             pd.concat(searched, ignore_index=True),

@@ -30,7 +30,7 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "cont
     """Average a tidy frame over draws of demonstrations.
 
     Args:
-        frame: Rows of one or more comparisons.
+        frame: Rows of one or more comparisons, of `frame` or of `heads`, whose values are over all queries.
         by: The columns to tell apart; add `"layer"` for values per layer, else layers are averaged within each draw; add
             `"subset"` for false-to-true queries beside all queries, else values are over all queries.
 
@@ -43,7 +43,7 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "cont
         ValueError: If values would be averaged over different options of the updates, such as learning rates within a task.
     """
     by = list(by)
-    frame = frame if "subset" in by else frame[frame["subset"] == "all"]
+    frame = frame if "subset" in by or "subset" not in frame else frame[frame["subset"] == "all"]
     if frame.empty:
         return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "episodes", "undefined"])
     refuse_pooling(frame, by)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from iclgd_lens.models.precision import wide
 from iclgd_lens.runs.activations import Activations, require_same_queries
 
 
@@ -56,6 +57,19 @@ def label_loss(run: Activations) -> Float[Tensor, "query"]:
     gold = run.labels.clamp(min=0)[:, None]
     loss = -run.label_log_probs.log_softmax(dim=-1).gather(-1, gold).squeeze(-1)
     return loss.masked_fill(~_scored(run), torch.nan)
+
+
+def lens_gold_probability(run: Activations) -> Float[Tensor, "query layer"]:
+    """The probability of the gold label after every layer, by the logit lens: the softmax of `lens_logits` over the label words.
+
+    The lens sees the first token of a label word alone, so label words must differ in it. NaN where the gold label is unknown or a
+    logit is not finite.
+    """
+    logits = wide(run.lens_logits)
+    gold = run.labels.clamp(min=0)
+    probability = logits.softmax(dim=-1)[torch.arange(len(gold), device=gold.device), :, gold]
+    known = (run.labels >= 0)[:, None] & logits.isfinite().all(dim=-1)
+    return probability.masked_fill(~known, torch.nan)
 
 
 def same_prediction(a: Activations, b: Activations) -> Float[Tensor, "query"]:

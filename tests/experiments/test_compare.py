@@ -1,5 +1,7 @@
 """A whole comparison: its rows, their values, their controls, and that it repeats."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -17,8 +19,13 @@ KEYS = ["model", "method", "control", "subset", "layer", "metric"]
 
 
 @pytest.fixture(scope="module")
-def frame(bundled: HookedTransformer, twin: HookedTransformer, episode: Episode) -> pd.DataFrame:
-    return compare(bundled, episode, lr={"gd": 0.02, "lcgd": 0.01}, untrained=twin).frame
+def found(bundled: HookedTransformer, twin: HookedTransformer, episode: Episode) -> Comparison:
+    return compare(bundled, episode, lr={"gd": 0.02, "lcgd": 0.01}, untrained=twin)
+
+
+@pytest.fixture(scope="module")
+def frame(found: Comparison) -> pd.DataFrame:
+    return found.frame
 
 
 def value(frame: pd.DataFrame, **where: object) -> float:
@@ -32,8 +39,9 @@ def value(frame: pd.DataFrame, **where: object) -> float:
 def test_every_row_has_its_key_once_and_every_expected_row_is_there(frame: pd.DataFrame):
     assert not frame.duplicated(KEYS).any()
     # Zero-shot and in-context have accuracy and loss; zero-shot and each method two kinds of agreement with ICL; each method
-    # accuracy, loss and recall, too; five similarities per layer and subset, for each method and its random control; two α.
-    expected = 2 * 2 + 3 * 2 + 2 * 3 + 4 * (2 * 2 * 5 * 2 + 2 * 2)
+    # accuracy, loss and recall, too; five similarities per layer and subset, for each method and its random control; two α; the
+    # logit lens of each run per layer.
+    expected = 2 * 2 + 3 * 2 + 2 * 3 + 4 * (2 * 2 * 5 * 2 + 2 * 2 + 4)
     assert frame.groupby("model").size().to_dict() == {"trained": expected, "untrained": expected}
 
 
@@ -51,6 +59,63 @@ def test_values_are_the_means_of_the_metrics(bundled: HookedTransformer, episode
         assert reference == pytest.approx(float(sim_am(icl, zsl)[:, layer].mean()), abs=1e-6)
     assert value(frame, **where, metric="accuracy") == float(accuracy(ft))
     assert value(frame, model="trained", method="icl", metric="accuracy") == float(accuracy(icl))
+
+
+def test_heads_are_the_means_over_queries_of_true_updates_head_by_head(
+    bundled: HookedTransformer, twin: HookedTransformer, episode: Episode, found: Comparison
+):
+    heads = found.heads
+    assert not heads.duplicated(["model", "method", "layer", "head", "metric"]).any()
+    assert heads.groupby(["model", "method", "metric"]).size().to_dict() == {
+        (model, method, metric): 4 * 4
+        for model in ("trained", "untrained")
+        for method in ("gd", "lcgd")
+        for metric in ("sim_am", "sim_am_delta")
+    }
+    assert set(heads["control"]) == {"none"}
+    assert set(heads[heads["method"] == "gd"]["lr"]) == {0.02}
+    for name, model in (("trained", bundled), ("untrained", twin)):
+        zsl = capture(model, episode.queries)
+        icl = capture(model, episode.queries, context=episode.demonstrations)
+        ft = capture(model, episode.queries, update=lcgd(model, episode.demonstrations, lr=0.01))
+        rows = heads[(heads["model"] == name) & (heads["method"] == "lcgd")].set_index(["metric", "layer", "head"])
+        for metric, values in (("sim_am", sim_am(icl, ft)), ("sim_am_delta", sim_am_delta(icl, ft, zsl))):
+            for layer in range(4):
+                for head in range(4):
+                    row = rows.loc[(metric, layer, head)]
+                    assert row["value"] == pytest.approx(float(values[:, layer, head].mean()), abs=1e-6)
+                    assert (row["n"], row["undefined"]) == (12, 0)
+
+
+def test_heads_whose_similarity_is_undefined_are_counted(bundled: HookedTransformer, episode: Episode):
+    heads = compare(bundled, episode, ["lcgd"], lr=0.0, controls=()).heads.set_index("metric")
+    undefined = heads.loc["sim_am_delta"]
+    assert undefined["value"].isna().all()
+    assert set(undefined["n"]) == {0}
+    assert set(undefined["undefined"]) == {12}
+    assert heads.loc["sim_am", "value"].notna().all()
+
+
+def test_the_logit_lens_reads_the_gold_label_in_every_run(bundled: HookedTransformer, episode: Episode, frame: pd.DataFrame):
+    runs = {
+        "zsl": capture(bundled, episode.queries),
+        "icl": capture(bundled, episode.queries, context=episode.demonstrations),
+        "gd": capture(bundled, episode.queries, update=gd(bundled, episode.demonstrations, lr=0.02)),
+    }
+    for method, run in runs.items():
+        for layer in range(4):
+            by_hand = [float(run.lens_logits[q, layer].softmax(dim=-1)[run.labels[q]]) for q in range(12)]
+            got = value(frame, model="trained", method=method, control="none", metric="lens_gold_probability", layer=layer)
+            assert got == pytest.approx(sum(by_hand) / 12, abs=1e-6)
+
+
+def test_label_words_that_share_their_first_token_are_not_read_by_the_lens(bundled: HookedTransformer, episode: Episode):
+    first = episode.label_tokens[0]
+    shared = tuple(torch.cat([first, tail]) for tail in episode.label_tokens)
+    queries = tuple(replace(query, label_tokens=shared) for query in episode.queries)
+    frame = compare(bundled, replace(episode, queries=queries, label_tokens=shared), ["lcgd"], controls=()).frame
+    assert "accuracy" in set(frame["metric"])
+    assert "lens_gold_probability" not in set(frame["metric"])
 
 
 def test_rows_say_where_they_come_from(frame: pd.DataFrame, episode: Episode):

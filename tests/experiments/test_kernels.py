@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,6 +11,8 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens import (
     ATTENTION,
+    Activations,
+    Comparison,
     Query,
     accuracy,
     agreement,
@@ -46,7 +49,7 @@ LR = 0.1
 
 
 @pytest.fixture(scope="module")
-def runs(bundled, twin, episode) -> pd.DataFrame:
+def runs(bundled, twin, episode) -> Comparison:
     return compare(bundled, episode, lr=LR, untrained=twin, controls=(), kernels=True)
 
 
@@ -83,6 +86,41 @@ def test_smoothing_and_implied_attention_are_the_means_of_their_functions(bundle
         }
         for (metric, method), values in expected.items():
             assert value(frame, metric, method, layer) == pytest.approx(float(values.double().mean()), abs=2e-5), metric
+
+
+def test_heads_are_viewed_one_by_one(bundled, twin, episode, runs):
+    keep = ["head_out", "demonstration_out", "demonstration_attention", "label_attention", "context_scores", "label_log_probs"]
+    labels = Labels.of(episode)
+    for name, model in (("trained", bundled), ("untrained", twin)):
+        zsl = capture(model, episode.queries, keep=["head_out", *ATTENTION])
+        icl = capture(model, episode.queries, context=episode.demonstrations, keep=keep)
+        parts = decompose(icl, zsl)
+
+        def agreed(kernel: torch.Tensor, run: Activations = icl) -> torch.Tensor:
+            estimates = label_regression(kernel.permute(1, 2, 0, 3), labels.demonstrations, labels.count)
+            return label_agreement(estimates, label_distribution(run)).permute(2, 0, 1)
+
+        expected = {
+            ("demonstration_mass", "icl"): parts.mass,
+            ("smoothing_share", "icl"): parts.head_smoothing.share,
+            ("attention_agreement", "icl"): agreed(icl.demonstration_attention),
+            ("label_attention_agreement", "icl"): agreed(icl.label_attention),
+        }
+        for method, make in (("gd", gd), ("lcgd", lcgd)):
+            weights = implied_attention(make(model, episode.demonstrations, lr=LR).attribution(zsl), episode.demonstrations)
+            by_token = agreement(icl_attention(icl, episode.demonstrations), weights)
+            expected["contribution_token_kendall", method] = by_token.kendall
+        heads = runs.heads[runs.heads["model"] == name]
+        assert set(zip(heads["metric"], heads["method"], strict=True)) == {
+            *expected,
+            *((metric, method) for metric in ("sim_am", "sim_am_delta") for method in ("gd", "lcgd")),
+        }
+        rows = heads.set_index(["metric", "method", "layer", "head"]).sort_index()
+        assert rows.index.is_unique
+        assert set(heads["control"]) == {"none"}
+        for (metric, method), values in expected.items():
+            got = rows.loc[(metric, method), "value"].to_numpy().reshape(values.shape[1:])
+            np.testing.assert_allclose(got, values.double().mean(dim=0).numpy(), atol=5e-5, err_msg=metric)
 
 
 def test_label_regression_by_heads_is_scored_on_the_half_that_did_not_choose(bundled, episode, frame):
@@ -131,13 +169,11 @@ def test_streamed_views_are_in_the_order_of_the_queries():
     queries = tuple(make_queries((5, 2, 7, 5, 1, 6, 3, 2, 4, 1)))
     episode = Episode("zoo", 0, demonstrations, queries, ("a", "b", "c"), queries[0].label_tokens)
     update = lcgd(model, demonstrations, lr=lr)
-    icl = capture(
-        model, queries, context=demonstrations, keep=["demonstration_attention", "label_attention", "lens_logits", "context_scores"]
-    )
+    icl = capture(model, queries, context=demonstrations, keep=["demonstration_attention", "label_attention", "context_scores"])
     zsl = capture(model, queries, keep=["attn_out", *ATTENTION])
     ft = capture(model, queries, update=update, keep=["attn_out"])
     found = attention_views(model, episode, {"lcgd": update}, {"zsl": zsl, "lcgd": ft})
-    for name in ("demonstration_attention", "label_attention", "lens_logits"):
+    for name in ("demonstration_attention", "label_attention"):
         torch.testing.assert_close(getattr(found, name), icl.kept[name], rtol=1e-4, atol=1e-5)
     rows = {(row["metric"], row["layer"]): row["value"] for row in found.rows["lcgd", "none"]}
     attribution = update.attribution(zsl)
@@ -189,6 +225,9 @@ def test_trajectories_are_those_of_the_last_layers_kernels_and_of_epochs(bundled
         iterates.append(iterates[-1] - lr * to_queries @ residuals)
     found = align_trajectories(layers, torch.stack(iterates).softmax(dim=-1))
     assert value(frame, "trajectory_tangent_score", "icl", None) == pytest.approx(found.score, abs=1e-4)
+    for layer, matched in enumerate(found.match.tolist()):
+        gold = torch.stack([iterates[matched][q].softmax(dim=-1)[query.label] for q, query in enumerate(episode.queries)])
+        assert value(frame, "trajectory_tangent_gold_probability", "icl", layer) == pytest.approx(float(gold.mean()), abs=1e-4)
 
     epochs = [
         capture(bundled, episode.queries, update=gd(bundled, episode.demonstrations, lr=LR, epochs=n)) for n in range(1, STEPS + 1)
@@ -209,6 +248,8 @@ def test_every_view_has_a_control_or_a_twin_beside_it(frame):
             assert "random" in found, metric
         if metric.startswith("hidden_") or metric in ("attention_head_agreement", "trajectory_hidden_score"):
             assert "shuffled_labels" in found, metric
+        if metric.startswith("trajectory_") and "epochs" not in metric:
+            assert found == {"none", "shuffled_labels"}, metric
 
 
 def test_random_controls_read_nothing(frame):
@@ -271,7 +312,9 @@ def test_rows_are_told_apart_by_their_columns(frame):
 
 
 def test_without_kernels_no_row_is_added_and_with_them_none_is_changed(bundled, episode, frame):
-    plain = compare(bundled, episode, lr=LR, controls=()).frame
+    alone = compare(bundled, episode, lr=LR, controls=())
+    plain = alone.frame
+    assert set(alone.heads["metric"]) == {"sim_am", "sim_am_delta"}
     keys = ["method", "control", "subset", "layer", "metric"]
     joined = plain.merge(frame[frame["model"] == "trained"], on=keys, suffixes=("", " with"))
     assert len(joined) == len(plain) < len(frame) / 2

@@ -134,6 +134,23 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     assert len(made) == 6
 
 
+def test_cells_that_lack_a_frame_are_made_anew(bundled, tmp_path, monkeypatch):
+    first = reproduce(bundled, ONE, tmp_path)
+    lost = sorted((tmp_path / "cells").glob("*.heads.parquet"))
+    assert len(lost) == 6
+    for file in lost[:2]:
+        file.unlink()
+    made = []
+
+    def counting(*arguments, **options):
+        made.append(options["called"])
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(running, "compare", counting)
+    assert_frame_equal(reproduce(bundled, ONE, tmp_path).heads, first.heads)
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "n_made"),
     [

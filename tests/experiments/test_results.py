@@ -43,6 +43,11 @@ def test_undefined_episodes_are_left_out():
     assert row["episodes"] == 2
 
 
+def test_frames_without_subsets_are_over_all_queries():
+    frame = rows({0: [0.0, 0.2], 1: [0.2, 0.4]})
+    assert_frame_equal(summarise(frame.drop(columns="subset")), summarise(frame))
+
+
 def test_values_of_updates_made_in_different_ways_are_never_averaged():
     frame = pd.concat([rows({0: [0.1]}, lr=lr) for lr in (0.1, 1.0)])
     with pytest.raises(ValueError, match=r"several values of lr \(0\.1, 1\.0\); choose one, or add 'lr' to `by`"):

@@ -15,6 +15,7 @@ from iclgd_lens.metrics.agreement import (
     js_divergence,
     label_distribution,
     label_loss,
+    lens_gold_probability,
     order_spread,
     same_prediction,
 )
@@ -171,3 +172,14 @@ def test_order_spread_is_the_sample_sd_over_orders_averaged_over_labels():
     assert not order_spread(distributions[:1].expand(2, -1, -1)).gt(1e-7).any()
     with pytest.raises(ValueError, match="at least two of them, got 1"):
         order_spread(distributions[:1])
+
+
+def test_the_lens_gives_the_gold_label_its_share_of_the_label_words_after_every_layer():
+    logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[1.0, 3.0], [-5.0, 5.0]], [[9.0, 0.0], [0.0, 0.0]]])
+    logits[1, 0, 0] = math.inf
+    labels = torch.tensor([0, 1, -1])
+    runs = Activations({"lens_logits": logits}, torch.ones(3, 1, dtype=torch.bool), labels, labels, "", ())
+    found = lens_gold_probability(runs)
+    assert found[0].tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-2))])
+    assert found[1, 1] == pytest.approx(1 / (1 + math.exp(-10)))
+    assert found.isnan().tolist() == [[False, False], [True, False], [True, True]]

@@ -1,5 +1,7 @@
 """The paper's tables hold the numbers of the run, and the paper's where they belong."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -82,7 +84,7 @@ def test_the_paper_s_figures_stand_beside_its_tasks_alone(tmp_path_factory, resu
     frame = results.frame.replace({"task": {TASKS[0]: "cb", TASKS[1]: "mine"}})
     rates = results.rates.replace({"task": {TASKS[0]: "cb", TASKS[1]: "mine"}})
     protocol = Protocol(("cb",), lr="paper", controls=())
-    renamed = Results(protocol, frame, results.queries, results.gradients, results.problems, rates, results.searched, results.curve)
+    renamed = replace(results, protocol=protocol, frame=frame, rates=rates)
     table2 = {sheet.name: sheet for sheet in paper_tables(renamed, "m")}["table2"]
     cb = row(table2, metric="SimAOU_norm", task="cb")
     assert (cb["paper gd"], cb["paper lcgd"]) == PAPER["cb"].sim_aou_norm
