@@ -32,8 +32,8 @@ from iclgd_lens.runs.capture import ATTENTION, Attachable, capture
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.views.circuits import View, drawn_by, element
+from iclgd_lens.views.figure_style import COLOURS
 from iclgd_lens.views.names import METHOD_NAMES
-from iclgd_lens.views.plots import COLOURS
 
 Pattern = Float[Tensor, "head query_pos key_pos"]
 

@@ -6,20 +6,13 @@ standard deviations are over draws of demonstrations. GD is blue and LCGD orange
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import count
-
 import numpy as np
 import pandas as pd
 from plotly import graph_objects as go
-from plotly.subplots import make_subplots
 
 from iclgd_lens.experiments.results import refuse_pooling, summarise
+from iclgd_lens.views.figure_style import COLOURS, DOTS, draws, error_bars, grid, rows_of, some, styled, tick_step
 from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES
-
-COLOURS = {"gd": "#0072B2", "lcgd": "#D55E00", "alpha_aou": "#009E73", "alpha_am": "#CC79A7"}
-"""From the palette of Okabe and Ito, which is safe for the colour-blind."""
-DOTS = ("dot", "dash", "dashdot")
 
 SIMILARITIES = ("sim_aou", "sim_am_delta")
 
@@ -30,20 +23,20 @@ def alpha_figure(frame: pd.DataFrame) -> go.Figure:
     Raises:
         ValueError: If the frame has no α, which needs both methods.
     """
-    chosen = _some(alpha_rows(frame), "α")
+    chosen = some(alpha_rows(frame), "α")
     summary = summarise(chosen, by=["task", "metric"])
     figure = go.Figure()
     for metric, group in summary.groupby("metric", sort=False):
         figure.add_bar(
             x=group["task"],
             y=group["mean"],
-            error_y=_error_bars(group),
+            error_y=error_bars(group),
             name=METRIC_NAMES[str(metric)],
             marker_color=COLOURS[str(metric)],
         )
-    title = f"α: how alike the updates of LCGD and GD are ({_draws(chosen)}, mean ± sd)"
+    title = f"α: how alike the updates of LCGD and GD are (n = {draws(chosen)}, mean ± sd)"
     figure.update_layout(title=title, yaxis_title="cosine, mean over layers", barmode="group")
-    return _styled(figure)
+    return styled(figure)
 
 
 def layer_figure(frame: pd.DataFrame) -> go.Figure:
@@ -52,11 +45,11 @@ def layer_figure(frame: pd.DataFrame) -> go.Figure:
     Raises:
         ValueError: If the frame has neither metric.
     """
-    chosen = _some(layer_rows(frame), "SimAOU or SimAM_Δ")
+    chosen = some(layer_rows(frame), "SimAOU or SimAM_Δ")
     by = ["task", "metric", "model", "method", "layer"]
     summary = summarise(chosen, by=by)
     tasks = list(chosen["task"].unique())
-    figure = _grid(tasks, [METRIC_NAMES[metric] for metric in SIMILARITIES], x_title="layer", y_title="cosine")
+    figure = grid(tasks, [METRIC_NAMES[metric] for metric in SIMILARITIES], x_title="layer", y_title="cosine")
     twins = [model for model in chosen["model"].unique() if model != "trained"]
     in_legend: set[tuple[str, str]] = set()
     for keys, group in summary.groupby(by[:-1], sort=False):
@@ -68,7 +61,7 @@ def layer_figure(frame: pd.DataFrame) -> go.Figure:
             figure.add_bar(
                 x=group["layer"],
                 y=group["mean"],
-                error_y=_error_bars(group),
+                error_y=error_bars(group),
                 name=METHOD_NAMES[method],
                 legendgroup=method,
                 showlegend=first,
@@ -89,8 +82,8 @@ def layer_figure(frame: pd.DataFrame) -> go.Figure:
                 **place,
             )
     figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
-    figure.update_layout(title=f"Similarity of updates to ICL by layer ({_draws(chosen)}, mean ± sd)", barmode="group")
-    return _styled(figure, rows=len(tasks))
+    figure.update_layout(title=f"Similarity of updates to ICL by layer (n = {draws(chosen)}, mean ± sd)", barmode="group")
+    return styled(figure, rows=len(tasks))
 
 
 def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
@@ -99,11 +92,11 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
     Raises:
         ValueError: If the frame has no gradients of the trained model.
     """
-    chosen = _some(gradient_rows(gradients), "gradients of a trained model")
+    chosen = some(gradient_rows(gradients), "gradients of a trained model")
     refuse_pooling(chosen, ["task", "method"])
     tasks, methods = list(chosen["task"].unique()), [method for method in METHOD_NAMES if method in set(chosen["method"])]
     titles = [METHOD_NAMES[method] + (", log scale" if method == "lcgd" else "") for method in methods]
-    figure = _grid(tasks, titles, x_title="demonstration", y_title="layer", gap=0.16)
+    figure = grid(tasks, titles, x_title="demonstration", y_title="layer", gap=0.16)
     for keys, group in chosen.groupby(["task", "method"], sort=False):
         task, method = map(str, keys)
         row, column = tasks.index(task) + 1, methods.index(method) + 1
@@ -140,8 +133,8 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
             col=column,
         )
     figure.update_yaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
-    figure.update_layout(title=f"ℓ2 norms of the gradients, mean over {_draws(chosen, True)}")
-    return _styled(figure, rows=len(tasks))
+    figure.update_layout(title=f"ℓ2 norms of the gradients, mean over {draws(chosen)}")
+    return styled(figure, rows=len(tasks))
 
 
 def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Figure:
@@ -155,13 +148,13 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
         ValueError: If the frame has none of the metrics.
     """
     metrics = (*SIMILARITIES, "accuracy")
-    chosen = _some(rate_rows(curve), "SimAOU, SimAM_Δ or accuracy")
+    chosen = some(rate_rows(curve), "SimAOU, SimAM_Δ or accuracy")
     by = ["task", "metric", "model", "method", "lr"]
     summary = summarise(chosen, by=by).sort_values(by)
     tasks = list(chosen["task"].unique())
     titles = [METRIC_NAMES.get(metric, f"FT {metric}") for metric in metrics]
     in_legend: set[tuple[str, str]] = set()
-    figure = _grid(tasks, titles, x_title="learning rate", y_title="")
+    figure = grid(tasks, titles, x_title="learning rate", y_title="")
     for keys, group in summary.groupby(by[:-1], sort=False):
         task, metric, model, method = map(str, keys)
         trained = model == "trained"
@@ -169,7 +162,7 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
         figure.add_scatter(
             x=group["lr"],
             y=group["mean"],
-            error_y=_error_bars(group) if trained else None,
+            error_y=error_bars(group) if trained else None,
             mode="lines+markers" if trained else "lines",
             line={"color": COLOURS[method], "dash": "solid" if trained else DOTS[0]},
             name=METHOD_NAMES[method] if trained else f"{METHOD_NAMES[method]}, {model}",
@@ -187,18 +180,18 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
                 col=column + 1,
             )
     figure.update_xaxes(type="log", dtick=2, tickangle=0, exponentformat="power")
-    figure.update_layout(title=f"Similarity against learning rate ({_draws(chosen)}, mean ± sd; dashed: in use)")
-    return _styled(figure, rows=len(tasks))
+    figure.update_layout(title=f"Similarity against learning rate (n = {draws(chosen)}, mean ± sd; dashed: in use)")
+    return styled(figure, rows=len(tasks))
 
 
 def alpha_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows that `alpha_figure` draws."""
-    return _rows(frame[frame["model"] == "trained"], ["alpha_aou", "alpha_am"])
+    return rows_of(frame[frame["model"] == "trained"], ["alpha_aou", "alpha_am"], METHOD_NAMES)
 
 
 def layer_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows that `layer_figure` draws."""
-    return _rows(frame, SIMILARITIES)
+    return rows_of(frame, SIMILARITIES, METHOD_NAMES)
 
 
 def gradient_rows(gradients: pd.DataFrame) -> pd.DataFrame:
@@ -208,57 +201,4 @@ def gradient_rows(gradients: pd.DataFrame) -> pd.DataFrame:
 
 def rate_rows(curve: pd.DataFrame) -> pd.DataFrame:
     """The rows that `rate_figure` draws."""
-    return _rows(curve, (*SIMILARITIES, "accuracy")) if len(curve) else curve
-
-
-def _rows(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """True updates over all queries; runs without an update have no place in a figure."""
-    true = (frame["control"] == "none") & (frame["subset"] == "all") & frame["method"].isin(METHOD_NAMES)
-    return frame[true & frame["metric"].isin(metrics)]
-
-
-def _some(rows: pd.DataFrame, what: str) -> pd.DataFrame:
-    if rows.empty:
-        raise ValueError(f"the frame has no rows of {what}")
-    return rows
-
-
-def _error_bars(group: pd.DataFrame) -> dict[str, object]:
-    return {"type": "data", "array": group["sd"], "thickness": 1, "width": 2}
-
-
-def _draws(frame: pd.DataFrame, inside: bool = False) -> str:
-    per_task = frame.groupby("task", sort=False)["seed"].nunique()
-    low, high = per_task.min(), per_task.max()
-    number = str(low) if low == high else f"{low} to {high}"
-    return f"{'' if inside else 'n = '}{number} draw{'s' if high > 1 else ''}{' per task' if len(per_task) > 1 else ''}"
-
-
-def tick_step(largest: int, most: int = 6) -> int:
-    """How far ticks on whole numbers from 0 are apart, so that there are no more than `most` behind the first: 1, 2, 5, 10, …"""
-    return next(step for power in count() for step in (10**power, 2 * 10**power, 5 * 10**power) if largest <= most * step)
-
-
-def _grid(rows: Sequence[str], columns: Sequence[str], *, x_title: str, y_title: str, gap: float = 0.08) -> go.Figure:
-    return make_subplots(
-        rows=len(rows),
-        cols=len(columns),
-        subplot_titles=[f"{row}: {column}" if len(rows) > 1 else column for row in rows for column in columns],
-        x_title=x_title,
-        y_title=y_title,
-        horizontal_spacing=gap,
-        vertical_spacing=0.3 / max(len(rows), 2),
-    )
-
-
-def _styled(figure: go.Figure, rows: int = 1) -> go.Figure:
-    figure.update_annotations(font_size=14)
-    figure.update_layout(
-        template="plotly_white",
-        width=1000,
-        height=220 + 250 * rows,
-        title_font_size=16,
-        margin={"t": 90, "b": 110, "l": 80, "r": 60},
-        legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0.5, "xanchor": "center"},
-    )
-    return figure
+    return rows_of(curve, (*SIMILARITIES, "accuracy"), METHOD_NAMES) if len(curve) else curve

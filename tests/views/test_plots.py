@@ -11,7 +11,8 @@ from plotly import graph_objects as go
 
 from iclgd_lens import Comparison, compare, load_task
 from iclgd_lens.experiments.learning_rate import similarity_by_rate
-from iclgd_lens.views.plots import COLOURS, SIMILARITIES, alpha_figure, gradient_figure, layer_figure, rate_figure, tick_step
+from iclgd_lens.views.figure_style import COLOURS, tick_step
+from iclgd_lens.views.plots import SIMILARITIES, alpha_figure, gradient_figure, layer_figure, rate_figure
 
 TASKS = ("bundled/remapped", "bundled/natural")
 SEEDS = (0, 1, 2)

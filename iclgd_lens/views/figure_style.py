@@ -1,0 +1,87 @@
+"""What all figures share: colours, error bars, grids of panels, and how the numbers of draws are told."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import count
+
+import pandas as pd
+from plotly import graph_objects as go
+from plotly.subplots import make_subplots
+
+from iclgd_lens.experiments.results import EPISODE
+
+COLOURS = {
+    "zsl": "#56B4E9",
+    "icl": "#000000",
+    "gd": "#0072B2",
+    "lcgd": "#D55E00",
+    "functional": "#E69F00",
+    "alpha_aou": "#009E73",
+    "alpha_am": "#CC79A7",
+}
+"""From the palette of Okabe and Ito, which is safe for the colour-blind."""
+DOTS = ("dot", "dash", "dashdot")
+
+
+def rows_of(frame: pd.DataFrame, metrics: Collection[str], methods: Collection[str]) -> pd.DataFrame:
+    """The rows of some metrics and methods of true updates, over all queries."""
+    true = (frame["control"] == "none") & (frame["subset"] == "all")
+    return frame[true & frame["method"].isin(methods) & frame["metric"].isin(metrics)]
+
+
+def some(rows: pd.DataFrame, what: str) -> pd.DataFrame:
+    """The rows.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if rows.empty:
+        raise ValueError(f"the frame has no rows of {what}")
+    return rows
+
+
+def error_bars(group: pd.DataFrame) -> dict[str, object]:
+    """Error bars of one standard deviation, of what `summarise` found."""
+    return {"type": "data", "array": group["sd"], "thickness": 1, "width": 2}
+
+
+def draws(frame: pd.DataFrame, per: Sequence[str] = ("task",)) -> str:
+    """How many draws of demonstrations there are in each group, in words."""
+    counts = frame.drop_duplicates(EPISODE).groupby(list(per), sort=False).size()
+    low, high = counts.min(), counts.max()
+    number = str(low) if low == high else f"{low} to {high}"
+    several = [column for column in per if frame[column].nunique() > 1]
+    return f"{number} draw{'s' if high > 1 else ''}{' per ' if several else ''}{' and '.join(several)}"
+
+
+def tick_step(largest: int, most: int = 6) -> int:
+    """How far ticks on whole numbers from 0 are apart, so that there are no more than `most` behind the first: 1, 2, 5, 10, …"""
+    return next(step for power in count() for step in (10**power, 2 * 10**power, 5 * 10**power) if largest <= most * step)
+
+
+def grid(rows: Sequence[str], columns: Sequence[str], *, x_title: str, y_title: str, gap: float = 0.08) -> go.Figure:
+    """Panels: a row for every task, named where there are several."""
+    return make_subplots(
+        rows=len(rows),
+        cols=len(columns),
+        subplot_titles=[f"{row}: {column}" if len(rows) > 1 else column for row in rows for column in columns],
+        x_title=x_title,
+        y_title=y_title,
+        horizontal_spacing=gap,
+        vertical_spacing=0.3 / max(len(rows), 2),
+    )
+
+
+def styled(figure: go.Figure, rows: int = 1) -> go.Figure:
+    """The figure in the style of all, for so many rows of panels."""
+    figure.update_annotations(font_size=14)
+    figure.update_layout(
+        template="plotly_white",
+        width=1000,
+        height=220 + 250 * rows,
+        title_font_size=16,
+        margin={"t": 90, "b": 110, "l": 80, "r": 60},
+        legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0.5, "xanchor": "center"},
+    )
+    return figure
