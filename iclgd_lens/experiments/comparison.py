@@ -49,8 +49,8 @@ class Comparison:
         queries: One row per query and label word, of true updates: `label`, `is_gold`, and its `probability` among the label
             words.
         gradients: One row per layer and step of every true update: `gradient_norm`, the ℓ2 norm over the trained parameters.
-        heads: One row per metric, layer and head of every true update, over all queries; `value`, `n` and `undefined` as in
-            `frame`. Those of the kernel views are there if they were wanted.
+        heads: One row per metric, layer and head, of true updates and over all queries: `sim_am` and `sim_am_delta`, and, where
+            kernel views were wanted, those of them that are about a single head. `value`, `n` and `undefined` are as in `frame`.
         problems: One row per update that diverged, with its `problem` in words; such an update has no other rows.
     """
 

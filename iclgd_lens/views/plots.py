@@ -1,7 +1,7 @@
 """The paper's figures and the learning-rate curve, as plotly figures of tidy frames (Deutch et al. 2024, Figures 2 to 4).
 
 Every function takes frames as `compare` or `reproduce` return them and gives a `Figure`; nothing is shown or written. Means and
-standard deviations are over draws of demonstrations. GD is blue and LCGD orange everywhere; untrained twins are dotted.
+standard deviations are over draws of demonstrations. GD is blue and LCGD vermilion everywhere; untrained twins are dotted.
 """
 
 from __future__ import annotations
