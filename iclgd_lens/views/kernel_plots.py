@@ -13,7 +13,7 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from iclgd_lens.experiments.results import summarise
-from iclgd_lens.views.figure_style import COLOURS, DOTS, draws, error_bars, grid, rows_of, some, styled
+from iclgd_lens.views.figure_style import COLOURS, DOTS, draws, error_bars, grid, rows_of, some, styled, tick_step
 from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES, RUN_NAMES
 
 SMOOTHING = {
@@ -68,7 +68,7 @@ def smoothing_figure(frame: pd.DataFrame) -> go.Figure:
         lines.add(group, "icl", model, row=tasks.index(task) + 1, column=metrics.index(metric) + 1)
     for column, (_, unit) in enumerate(SMOOTHING.values()):
         figure.update_yaxes(title_text=unit, col=column + 1)
-    figure.update_xaxes(dtick=_layer_step(chosen))
+    figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
     figure.update_layout(title=f"λ and smoothing by layer (n = {draws(chosen)}, mean ± sd)", **BESIDE)
     return styled(figure, rows=len(tasks))
 
@@ -108,8 +108,8 @@ def head_figure(heads: pd.DataFrame, metric: str, method: str | None = None, *, 
             row=tasks.index(task) + 1,
             col=methods.index(name) + 1,
         )
-    figure.update_xaxes(dtick=max(1, int(chosen["head"].max()) // 12), showgrid=False, zeroline=False)
-    figure.update_yaxes(dtick=_layer_step(chosen), showgrid=False, zeroline=False)
+    figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["head"].max())), showgrid=False, zeroline=False)
+    figure.update_yaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())), showgrid=False, zeroline=False)
     twin = "" if model == "trained" else f", {model}"
     figure.update_layout(title=f"{shown.name}, by layer and head{twin} (mean over {draws(chosen)})")
     styled(figure, rows=len(tasks))
@@ -152,7 +152,7 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
     lines = _Lines(figure, chosen, "layer")
     for (task, model, name), group in _in_order(summary, ["task", "model", "series"]):
         lines.add(group, name, "trained", row=tasks.index(task) + 1, column=models.index(model) + 1)
-    figure.update_xaxes(dtick=_layer_step(chosen))
+    figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
     figure.update_yaxes(rangemode="tozero", matches="y")
     figure.update_layout(title=f"Gold label by the logit lens (n = {draws(chosen)}, mean ± sd)", **BESIDE)
     return styled(figure, rows=len(tasks))
@@ -245,10 +245,6 @@ def _in_order(summary: pd.DataFrame, by: list[str]) -> Iterator[tuple[tuple[str,
     for keys in ((*place, name) for place in outer for name in SERIES_NAMES):
         if keys in groups:
             yield keys, groups[keys]
-
-
-def _layer_step(chosen: pd.DataFrame) -> int:
-    return max(1, int(chosen["layer"].max()) // 12)
 
 
 def _sought(metric: str, method: str | None, model: str) -> str:

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from iclgd_lens.experiments.folder import RunFolder
 from iclgd_lens.experiments.protocol import Protocol
-from iclgd_lens.experiments.reproduce import Results
+from iclgd_lens.experiments.reproduce import FRAMES, Results
 from iclgd_lens.experiments.results import EPISODE, summarise
 from iclgd_lens.files import write_text
 from iclgd_lens.views.attention import AttentionExample
@@ -96,9 +96,15 @@ def summary(run: RunFolder) -> Iterable[str]:
 
 
 def sheets(run: RunFolder) -> list[Sheet]:
-    """The tables of a run."""
+    """The tables of a run.
+
+    Raises:
+        ValueError: If the folder lacks a frame, as one that another version wrote may.
+    """
     frame = run.frames["frame"]
     if "protocol" in run.setting:
+        if missing := [name for name in FRAMES if name not in run.frames]:
+            raise ValueError(f"{run.path} has no {missing[0]}.parquet: another version wrote it; run its command again")
         results = Results(Protocol.from_json(run.setting["protocol"]), **run.frames)
         found = paper_tables(results, run.setting["model"]["name"])
     else:

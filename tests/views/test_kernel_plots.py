@@ -164,6 +164,12 @@ def test_one_method_alone_can_be_drawn(found: Comparison):
     np.testing.assert_array_equal(figure.data[0].z, both.data[1].z)
 
 
+def test_controls_and_other_metrics_are_not_in_a_heat_map(found: Comparison):
+    other = found.heads.assign(control="random", value=7.0)
+    for drawn, alone in zip(*(head_figure(h, "sim_am").data for h in (pd.concat([found.heads, other]), found.heads)), strict=True):
+        np.testing.assert_array_equal(drawn.z, alone.z)
+
+
 def test_a_metric_of_one_s_own_is_drawn_under_its_name_and_undefined_heads_are_blank(found: Comparison):
     own = found.heads[found.heads["metric"] == "sim_am"].assign(metric="mine")
     own.loc[(own["layer"] == 0) & (own["head"] == 1), "value"] = np.nan

@@ -86,6 +86,9 @@ def test_a_run_of_a_protocol_has_the_papers_tables(bundled, tmp_path):
     assert path == tmp_path / "report.html"
     assert "iclgd reproduce" in path.read_text()
     assert 'id="attention"' not in path.read_text()
+    (tmp_path / "heads.parquet").unlink()
+    with pytest.raises(ValueError, match=r"has no heads\.parquet: another version wrote it"):
+        write_report(RunFolder.read(tmp_path))
 
 
 @pytest.mark.parametrize("width", [1280, 700])
