@@ -81,7 +81,8 @@ def demo(
         console.print(sheet.rich())
     console.print(f"Tidy results, {len(frame)} rows: {out / 'frame.parquet'}", soft_wrap=True, markup=False)
     with errors_for_people():
-        run = {"command": "demo", "task": task, "k": k, "episodes": episodes, "queries": queries, "lr": lr, "loss_on": loss_on}
+        options = {"loss_on": loss_on, "readout": readout}
+        run = {"command": "demo", "task": task, "k": k, "episodes": episodes, "queries": queries, "lr": lr, **options, "seed": seed}
         first = drawn.episode(model, k=count, n_queries=queries, seed=seed)
-        close_run(out, model, "bundled", run | {"readout": readout, "seed": seed}, first, {"gd": lr, "lcgd": lr})
+        close_run(out, model, "bundled", run, first, {"gd": lr, "lcgd": lr}, options)
     console.print(verdict(frame), markup=False)

@@ -109,9 +109,9 @@ def kernels(
     with errors_for_people():
         run: dict[str, Any] = {"command": "kernels", "task": task, "data": None if data is None else str(data), "k": k}
         run |= {"episodes": episodes, "queries": queries, "lr": rate, "twins": twins, "seed": seed}
-        run |= {"loss_on": loss_on, "readout": readout}
+        options = {"loss_on": loss_on, "readout": readout}
         first = drawn.episode(loaded, k=count, n_queries=queries, seed=seed)
-        close_run(out, loaded, shown_name(model), run, first, {"gd": rate, "lcgd": rate})
+        close_run(out, loaded, shown_name(model), run | options, first, {"gd": rate, "lcgd": rate}, options)
     console.print(kernel_verdict(frame), markup=False)
 
 

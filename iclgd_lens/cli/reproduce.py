@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,11 +138,13 @@ def reproduce(
         _show(results, name, out, pictures)
         more = {"data": None if data is None else str(data), "batch_size": batch_size, "process_weights": process_weights}
         plans = {each: asdict(protocol.plan(each)) for each in protocol.tasks}
-        run = {"command": "reproduce", **more, "protocol": asdict(protocol), "plans": plans, "options": protocol.options}
+        run = {"command": "reproduce", **more, "protocol": asdict(protocol), "plans": plans}
         first = results.rates["task"].iloc[0]
         rates = results.rates[results.rates["task"] == first].set_index("method")["lr"].to_dict()
-        drawn = draw_to_report(protocol, load_tasks(protocol, data), first, loaded)[0]
-        close_run(out, loaded, name, run, drawn.episodes[0], rates)
+        # The example is about the first task's first draw, so no other is made again.
+        shown = replace(protocol, tasks=(first,), seeds=protocol.plan(first).seeds[:1], orders=1, controls=(), other_task=None)
+        drawn = draw_to_report(shown, load_tasks(shown, data), first, loaded)[0]
+        close_run(out, loaded, name, run, drawn.episodes[0], rates, protocol.options)
 
 
 def _show(results: Results, name: str, out: Path, pictures: bool) -> None:

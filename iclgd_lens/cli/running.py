@@ -54,7 +54,13 @@ def compare_episodes(
 
 
 def close_run(
-    out: Path, model: HookedTransformer, name: str, run: Mapping[str, Any], episode: Episode, rates: Mapping[str, float]
+    out: Path,
+    model: HookedTransformer,
+    name: str,
+    run: Mapping[str, Any],
+    episode: Episode,
+    rates: Mapping[str, float],
+    options: Mapping[str, Any],
 ) -> None:
     """Write the setting, an example of attention, and the report of a run whose frames are in its folder.
 
@@ -65,20 +71,19 @@ def close_run(
         run: What was run.
         episode: Whose attention is shown.
         rates: The learning rate of every method, for the example's updates.
+        options: How those are made, as in `gd`.
     """
+    from iclgd_lens.experiments.compare import METHODS
     from iclgd_lens.experiments.folder import RunFolder, write_setting
-    from iclgd_lens.updates.gradient import gd, lcgd
     from iclgd_lens.views.attention import attention_example, queries_within
     from iclgd_lens.views.report import EXAMPLE, write_report
 
     write_setting(out, model, name, run)
     (out / EXAMPLE).unlink(missing_ok=True)
     with console.status("writing the report"):
-        options = {key: run[key] for key in ("loss_on", "readout") if key in run} | dict(run.get("options", {}))
-        options |= {"label_tokens": episode.label_tokens} if options.get("readout") == "labels" else {}
-        makers = {"gd": gd, "lcgd": lcgd}
+        options = {**options, "label_tokens": episode.label_tokens}
         try:
-            updates = {method: makers[method](model, episode.demonstrations, lr=lr, **options) for method, lr in rates.items()}
+            updates = {method: METHODS[method](model, episode.demonstrations, lr=lr, **options) for method, lr in rates.items()}
             rows = range(queries_within(model, episode, len(updates)))
             attention_example(model, episode, updates, rows).save(out / EXAMPLE)
         except ValueError as error:  # an update diverged, or the model's heads cannot be told apart

@@ -50,8 +50,8 @@ class View(RenderedHTML):
 def circuitsvis_script() -> str:
     """CircuitsVis's own JavaScript, and the style of views, to stand once on a page (1.3 MB)."""
     bundle = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    # Within a script, `<\/script` means the same and ends nothing. The map of its sources is not there to be loaded.
-    bundle = bundle.replace("</script", r"<\/script").rsplit("//# sourceMappingURL", 1)[0]
+    # The map of its sources is not there to be loaded.
+    bundle = in_script(bundle.rsplit("//# sourceMappingURL", 1)[0])
     # Once, also where several views stand on a page: a second run registers everything in it again, and complains.
     once = f"if (!window.CircuitsVis) {{ {bundle} }}"
     return f"<script>{once}</script>\n<style>{asset('attention.css')}</style>\n<script>{asset('attention.js')}</script>"
@@ -62,9 +62,19 @@ def asset(name: str) -> str:
     return (files("iclgd_lens.views") / "assets" / name).read_text(encoding="utf-8")
 
 
+def in_script(code: str) -> str:
+    """Write JavaScript so that nothing in it ends the script that it stands in; its strings mean the same."""
+    return code.replace("</script", r"<\/script")
+
+
+def json_in_script(written: str) -> str:
+    """Write JSON so that nothing in it ends the script that it stands in."""
+    return written.replace("<", r"\u003c")
+
+
 def script_json(value: Any) -> str:
-    """Write a value as JSON that nothing in it can end a script with."""
-    return json.dumps(value, allow_nan=False).replace("<", r"\u003c")
+    """Write a value as JSON for a script."""
+    return json_in_script(json.dumps(value, allow_nan=False))
 
 
 def element(name: str, properties: dict[str, Any]) -> View:

@@ -21,7 +21,7 @@ from iclgd_lens.experiments.reproduce import FRAMES, Results
 from iclgd_lens.experiments.results import EPISODE, summarise
 from iclgd_lens.files import write_text
 from iclgd_lens.views.attention import AttentionExample
-from iclgd_lens.views.circuits import asset, circuitsvis_script, page, script_json
+from iclgd_lens.views.circuits import asset, circuitsvis_script, in_script, json_in_script, page
 from iclgd_lens.views.kernel_tables import has_kernel_views, kernel_tables, kernel_verdict
 from iclgd_lens.views.names import RUN_NAMES
 from iclgd_lens.views.paper_figures import paper_figures
@@ -61,7 +61,7 @@ def report(run: RunFolder) -> str:
         '<h2 id="tables">Tables</h2>',
         *(sheet.html() for sheet in sheets(run)),
         '<h2 id="figures">Figures</h2>',
-        f"<script>{_in_script(get_plotlyjs())}</script>",
+        f"<script>{in_script(get_plotlyjs())}</script>",
         *(_figure(name, figure) for name, figure in figures.items()),
         *([] if example is None else _attention(example)),
         '<h2 id="setting">Setting</h2>',
@@ -120,7 +120,7 @@ def _figure(name: str, figure: go.Figure) -> str:
     """A figure as wide as the page."""
     shown = go.Figure(figure).update_layout(width=None, autosize=True)
     identity = f"figure-{name}"
-    data = script_json(json.loads(shown.to_json()))
+    data = json_in_script(shown.to_json())
     draw = f'const figure = {data}; Plotly.newPlot("{identity}", figure.data, figure.layout, {{responsive: true}});'
     # When the page stands: drawing takes longest, and nothing waits for it.
     later = f'addEventListener("load", () => setTimeout(() => {{ {draw} }}))'
@@ -137,7 +137,3 @@ def _attention(example: AttentionExample) -> list[str]:
         circuitsvis_script(),
         example.view().body,
     ]
-
-
-def _in_script(code: str) -> str:
-    return code.replace("</script", r"<\/script")
