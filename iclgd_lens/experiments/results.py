@@ -25,6 +25,9 @@ OPTIONS = ["lr", "loss_on", "readout", "schedule", "epochs", "parameters"]
 
 LEVEL = 0.95
 
+SUMMARY = ["mean", "sd", "low", "high", "episodes", "undefined"]
+"""The columns that `summarise` adds to those that it tells apart."""
+
 
 def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "control", "metric")) -> pd.DataFrame:
     """Average a tidy frame over draws of demonstrations.
@@ -45,21 +48,17 @@ def summarise(frame: pd.DataFrame, by: Sequence[str] = ("model", "method", "cont
     by = list(by)
     frame = frame if "subset" in by or "subset" not in frame else frame[frame["subset"] == "all"]
     if frame.empty:
-        return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "episodes", "undefined"])
+        return pd.DataFrame(columns=[*by, *SUMMARY])
     refuse_pooling(frame, by)
     tell_apart = [*(column for column in EPISODE if column not in by), *by]
     groups = frame.groupby(tell_apart, dropna=False, observed=True, sort=False)
     per_draw = groups.agg(value=("value", "mean"), undefined=("undefined", "sum")).reset_index()
 
-    def row(group: pd.DataFrame) -> pd.Series:
-        values = group["value"].to_numpy()
-        mean, low, high, count = interval(values)
-        deviation = float(np.nanstd(values, ddof=1)) if count > 1 else float("nan")
-        numbers = {"mean": mean, "sd": deviation, "low": low, "high": high, "episodes": count}
-        return pd.Series(numbers | {"undefined": group["undefined"].sum()})
-
-    summary = per_draw.groupby(by, dropna=False, observed=True, sort=False)[["value", "undefined"]].apply(row).reset_index()
-    return summary.astype({"episodes": int, "undefined": int})
+    among = per_draw.groupby(by, dropna=False, observed=True, sort=False)
+    summary = among.agg(mean=("value", "mean"), sd=("value", "std"), episodes=("value", "count"), undefined=("undefined", "sum"))
+    half = stats.t.ppf((1 + LEVEL) / 2, summary["episodes"] - 1) * summary["sd"] / np.sqrt(summary["episodes"])
+    summary = summary.assign(low=summary["mean"] - half, high=summary["mean"] + half).reset_index()
+    return summary[[*by, *SUMMARY]].astype({"episodes": int, "undefined": int})
 
 
 class Estimate(NamedTuple):
@@ -129,22 +128,7 @@ def estimate(per_draw: pd.Series) -> Estimate:
     Args:
         per_draw: Values, with the task as a level of the index. Those that are NaN are left out.
     """
-    return _over_strata([values.to_numpy() for _, values in per_draw.dropna().groupby(level="task", sort=False)])
-
-
-def interval(values: np.ndarray) -> tuple[float, float, float, int]:
-    """Mean, and 95 % t-interval of the mean, over the defined values; the interval is NaN for fewer than two.
-
-    Returns:
-        Mean, low, high, and the number of defined values.
-    """
-    defined = values[~np.isnan(values)]
-    found = _over_strata([defined] if len(defined) else [])
-    return found.mean, found.low, found.high, found.draws
-
-
-def _over_strata(strata: Sequence[np.ndarray]) -> Estimate:
-    """The mean of the means of strata, none of them empty; see `estimate`."""
+    strata = [values.to_numpy() for _, values in per_draw.dropna().groupby(level="task", sort=False)]
     draws = sum(map(len, strata))
     mean = float(np.mean([values.mean() for values in strata])) if strata else math.nan
     if not strata or min(map(len, strata)) < 2:

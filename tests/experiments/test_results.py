@@ -7,7 +7,7 @@ from pandas.testing import assert_frame_equal
 from scipy import stats
 
 from iclgd_lens import paired_difference, summarise
-from iclgd_lens.experiments.results import estimate, interval, write_frame
+from iclgd_lens.experiments.results import estimate, write_frame
 
 
 def rows(values: dict[int, list[float]], **about: object) -> pd.DataFrame:
@@ -59,16 +59,21 @@ def test_values_of_updates_made_in_different_ways_are_never_averaged():
 
 
 def test_one_episode_has_a_mean_and_no_interval():
-    mean, low, high, count = interval(np.array([0.5]))
-    assert (mean, count) == (0.5, 1)
-    assert np.isnan([low, high]).all()
-    assert np.isnan(interval(np.array([np.nan]))[0])
+    (row,) = summarise(rows({0: [0.5]})).to_dict("records")
+    assert (row["mean"], row["episodes"]) == (0.5, 1)
+    assert np.isnan([row["sd"], row["low"], row["high"]]).all()
+
+
+def test_without_a_defined_value_there_is_no_mean():
+    (row,) = summarise(rows({0: [np.nan], 1: [np.nan]})).to_dict("records")
+    assert np.isnan([row["mean"], row["sd"], row["low"], row["high"]]).all()
+    assert row["episodes"] == 0
 
 
 def test_the_interval_covers_the_true_mean_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    covered = [low <= 0.3 <= high for _, low, high, _ in (interval(rng.normal(0.3, 1, 6)) for _ in range(1000))]
-    assert 0.93 <= np.mean(covered) <= 0.97
+    drawn = np.random.default_rng(0).normal(0.3, 1, (6, 1000))
+    summary = summarise(rows(dict(enumerate(drawn.tolist()))), by=["layer"])
+    assert 0.93 <= ((summary["low"] <= 0.3) & (summary["high"] >= 0.3)).mean() <= 0.97
 
 
 def test_paired_difference_pairs_by_episode():
