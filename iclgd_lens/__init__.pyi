@@ -61,6 +61,9 @@ from .updates.gradient import gd, lcgd
 from .updates.random_weights import random_weights
 from .views.attention import AttentionExample, attention_example, attention_patterns, changed_heads, rank_heads
 from .views.circuits import View
+from .views.figures import figures, write_figures
+from .views.kernel_plots import head_figure, k_figure, smoothing_figure, trajectory_figure
+from .views.plots import alpha_figure, gradient_figure, layer_figure, rate_figure
 
 __all__ = [
     "ATTENTION",
@@ -89,6 +92,7 @@ __all__ = [
     "agreement",
     "align_trajectories",
     "alpha",
+    "alpha_figure",
     "attention_example",
     "attention_patterns",
     "bundled_task",
@@ -103,13 +107,17 @@ __all__ = [
     "correct",
     "decompose",
     "demonstration_queries",
+    "figures",
     "functional_gd",
     "gaussian_smoother",
     "gd",
+    "gradient_figure",
+    "head_figure",
     "hidden_kernel",
     "icl_attention",
     "implied_attention",
     "js_divergence",
+    "k_figure",
     "kendall_tau",
     "kernel_ridge",
     "label_agreement",
@@ -117,6 +125,7 @@ __all__ = [
     "label_kernel",
     "label_regression",
     "label_step",
+    "layer_figure",
     "lcgd",
     "linear_attention",
     "linearity",
@@ -132,6 +141,7 @@ __all__ = [
     "random_update",
     "random_weights",
     "rank_heads",
+    "rate_figure",
     "rec2ftp",
     "register_task",
     "regression_episode",
@@ -145,11 +155,14 @@ __all__ = [
     "sim_aou",
     "sim_aou_norm",
     "similarity_by_rate",
+    "smoothing_figure",
     "spearman_rho",
     "summarise",
     "tangent_kernel",
     "task_names",
     "top_k_recall",
+    "trajectory_figure",
     "untrained_twin",
     "without_ends",
+    "write_figures",
 ]

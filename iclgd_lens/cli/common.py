@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,16 +33,6 @@ Readout = Annotated[
     Literal["vocab", "labels"],
     typer.Option(help="Read losses out over the vocabulary, or over the label words' tokens (needs --loss-on label)."),
 ]
-
-
-def listed(values: Iterable[int]) -> str:
-    """Write the distinct numbers, as in "2 or 3"."""
-    return " or ".join(map(str, sorted(set(values))))
-
-
-def counted(number: int, what: str) -> str:
-    """Write how many there are, as in "1 episode" and "2 episodes"."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def shown_name(model: str) -> str:

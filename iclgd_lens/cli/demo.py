@@ -13,12 +13,11 @@ from iclgd_lens.cli.common import (
     LossOn,
     Readout,
     console,
-    counted,
     errors_for_people,
-    listed,
     parse_k,
     require_writable,
 )
+from iclgd_lens.views.names import counted, listed
 
 
 def demo(

@@ -17,13 +17,12 @@ from iclgd_lens.cli.common import (
     Model,
     Readout,
     console,
-    counted,
     errors_for_people,
-    listed,
     parse_k,
     require_writable,
     shown_name,
 )
+from iclgd_lens.views.names import counted, listed
 
 
 def kernels(

@@ -149,7 +149,7 @@ def reproduce(
 
 def _show(results: Results, name: str, out: Path, pictures: bool) -> None:
     """Print the tables, and write them and the figures."""
-    from iclgd_lens.views.paper_figures import write_paper_figures
+    from iclgd_lens.views.figures import write_figures
     from iclgd_lens.views.paper_tables import brief, paper_tables, write_paper_tables
 
     sheets = paper_tables(results, name)
@@ -157,7 +157,7 @@ def _show(results: Results, name: str, out: Path, pictures: bool) -> None:
     for sheet in sheets:
         console.print(brief(sheet).rich())
     with console.status("drawing figures"):
-        problem = write_paper_figures(results, out / "figures", pictures)
+        problem = write_figures(results.frames, out / "figures", pictures)
     console.print(
         f"Under {out}: tables/ (Markdown, LaTeX, CSV), figures/, setting.json, frame.parquet with {len(results.frame)} tidy rows.",
         soft_wrap=True,

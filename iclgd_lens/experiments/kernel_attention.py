@@ -45,7 +45,7 @@ BATCH = 8
 STATISTICS = ("kendall", "spearman", "cosine", "top_k_recall")
 """The statistics of `Agreement`."""
 
-OF_HEADS = ("demonstration_mass", "contribution_token_kendall")
+OF_HEADS = ("demonstration_mass", "contribution_inner_kendall")
 """The metrics that the frame of heads has, too, beside the smoothing share, which is each head's own there."""
 
 Values = dict[tuple[str, str, str], list[Float[Tensor, "batch layer *head"]]]

@@ -37,6 +37,10 @@ from iclgd_lens.views.names import METHOD_NAMES
 
 Pattern = Float[Tensor, "head query_pos key_pos"]
 
+OTHER = "#666666"
+"""The colour of an update with a name of the user's own."""
+FALLS, RISES = "#D55E00", "#0072B2"
+
 
 @dataclass(frozen=True)
 class AttentionExample:
@@ -151,10 +155,6 @@ def queries_within(model: HookedTransformer, episode: Episode, n_updates: int, s
     return max(1, min(8, len(episode.queries), size // each))
 
 
-OTHER = "#666666"
-"""The colour of an update with a name of the user's own."""
-
-
 def attention_patterns(
     model: HookedTransformer,
     query: Query,
@@ -219,9 +219,6 @@ def changed_heads(
     return _heads(
         strings(model, tokens), change, names, minValue=-largest, maxValue=largest, negativeColor=FALLS, positiveColor=RISES
     )
-
-
-FALLS, RISES = "#D55E00", "#0072B2"
 
 
 def rank_heads(icl: Activations, ft: Activations, zsl: Activations) -> list[tuple[int, int, float]]:

@@ -65,7 +65,7 @@ def grid(rows: Sequence[str], columns: Sequence[str], *, x_title: str, y_title: 
     return make_subplots(
         rows=len(rows),
         cols=len(columns),
-        subplot_titles=[f"{row}: {column}" if len(rows) > 1 else column for row in rows for column in columns],
+        subplot_titles=[f"{row}<br>{column}" if len(rows) > 1 else column for row in rows for column in columns],
         x_title=x_title,
         y_title=y_title,
         horizontal_spacing=gap,
@@ -79,9 +79,9 @@ def styled(figure: go.Figure, rows: int = 1) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         width=1000,
-        height=220 + 250 * rows,
+        height=240 + 250 * rows,
         title_font_size=16,
-        margin={"t": 90, "b": 110, "l": 80, "r": 60},
+        margin={"t": 110, "b": 110, "l": 80, "r": 60},
         legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0.5, "xanchor": "center"},
     )
     return figure

@@ -45,7 +45,7 @@ HEAD_METRICS = {
     "sim_am_delta": HeadMetric(METRIC_NAMES["sim_am_delta"], "cosine"),
     "demonstration_mass": HeadMetric("λ: attention to demonstrations", "share of attention", signed=False),
     "smoothing_share": HeadMetric("Smoothing", "share of the head's change"),
-    "contribution_token_kendall": HeadMetric("Implied against in-context attention", "Kendall's τ"),
+    "contribution_inner_kendall": HeadMetric("Implied against in-context attention, labels' ends left out", "Kendall's τ"),
     "attention_agreement": HeadMetric("Label regression by attention", "share of queries as ICL", signed=False),
     "label_attention_agreement": HeadMetric("Label regression by attention to labels", "share of queries as ICL", signed=False),
 }
@@ -73,8 +73,8 @@ def smoothing_figure(frame: pd.DataFrame) -> go.Figure:
     return styled(figure, rows=len(tasks))
 
 
-def head_figure(heads: pd.DataFrame, metric: str, method: str | None = None, *, model: str = "trained") -> go.Figure:
-    """Any metric of heads, layer by head: a panel for every method that has it, all on one colour scale.
+def head_figure(heads: pd.DataFrame, metric: str, method: str | None = None, model: str | None = None) -> go.Figure:
+    """Any metric of heads, layer by head: a panel for every method and model that has it, all on one colour scale.
 
     The scale is centred on 0 for metrics that may be negative. Heads whose metric is undefined are grey.
 
@@ -82,19 +82,22 @@ def head_figure(heads: pd.DataFrame, metric: str, method: str | None = None, *, 
         heads: The frame `heads` of a comparison.
         metric: Which metric.
         method: Draw this method alone.
-        model: Draw this model, such as `"untrained"`.
+        model: Draw this model alone, such as `"untrained"`.
 
     Raises:
         ValueError: If the frame is not one of heads, or has no such rows.
     """
-    chosen = some(head_rows(heads, metric, method, model=model), _sought(metric, method, model))
+    chosen = some(head_rows(heads, metric, method, model), _sought(metric, method, model))
     shown = HEAD_METRICS.get(metric, HeadMetric(metric, "value"))
-    summary = summarise(chosen, by=["task", "method", "layer", "head"])
-    tasks = list(chosen["task"].unique())
+    summary = summarise(chosen, by=["task", "model", "method", "layer", "head"])
+    tasks, models = list(chosen["task"].unique()), list(chosen["model"].unique())
     methods = [name for name in RUN_NAMES if name in set(chosen["method"])]
-    figure = grid(tasks, [PANEL_NAMES[name] for name in methods], x_title="head", y_title="layer")
-    for keys, group in summary.groupby(["task", "method"], sort=False):
-        task, name = map(str, keys)
+    rows = [(task, model) for task in tasks for model in models]
+    several = [len(tasks) > 1, len(models) > 1]
+    named = [", ".join(name for name, told in zip(row, several, strict=True) if told) for row in rows]
+    figure = grid(named, [PANEL_NAMES[name] for name in methods], x_title="head", y_title="layer")
+    for keys, group in summary.groupby(["task", "model", "method"], sort=False):
+        task, of_model, name = map(str, keys)
         means, deviations = (group.pivot(index="layer", columns="head", values=value) for value in ("mean", "sd"))
         figure.add_heatmap(
             x=means.columns,
@@ -105,14 +108,14 @@ def head_figure(heads: pd.DataFrame, metric: str, method: str | None = None, *, 
             customdata=deviations.to_numpy(),
             hovertemplate="layer %{y}, head %{x}: %{z:.3f} ± %{customdata:.3f}<extra></extra>",
             coloraxis="coloraxis",
-            row=tasks.index(task) + 1,
+            row=rows.index((task, of_model)) + 1,
             col=methods.index(name) + 1,
         )
     figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["head"].max())), showgrid=False, zeroline=False)
     figure.update_yaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())), showgrid=False, zeroline=False)
-    twin = "" if model == "trained" else f", {model}"
-    figure.update_layout(title=f"{shown.name}, by layer and head{twin} (mean over {draws(chosen)})")
-    styled(figure, rows=len(tasks))
+    alone = "" if several[1] or models == ["trained"] else f", {models[0]}"
+    figure.update_layout(title=f"{shown.name}, by layer and head{alone} (mean over {draws(chosen)})")
+    styled(figure, rows=len(rows))
     largest = summary["mean"].abs().max()
     figure.update_layout(
         plot_bgcolor="#BBBBBB",
@@ -185,7 +188,7 @@ def smoothing_rows(frame: pd.DataFrame) -> pd.DataFrame:
     return rows_of(frame, SMOOTHING, ["icl"])
 
 
-def head_rows(heads: pd.DataFrame, metric: str, method: str | None = None, *, model: str = "trained") -> pd.DataFrame:
+def head_rows(heads: pd.DataFrame, metric: str, method: str | None = None, model: str | None = None) -> pd.DataFrame:
     """The rows that `head_figure` draws; arguments as there.
 
     Raises:
@@ -193,9 +196,9 @@ def head_rows(heads: pd.DataFrame, metric: str, method: str | None = None, *, mo
     """
     if "head" not in heads:
         raise ValueError("the frame has no column 'head'; give the frame `heads` of a comparison")
-    methods = RUN_NAMES if method is None else [method]
-    chosen = (heads["metric"] == metric) & (heads["model"] == model) & (heads["control"] == "none")
-    return heads[chosen & heads["method"].isin(methods)]
+    chosen = (heads["metric"] == metric) & (heads["control"] == "none")
+    chosen &= heads["method"].isin(RUN_NAMES if method is None else [method])
+    return heads[chosen if model is None else chosen & (heads["model"] == model)]
 
 
 def trajectory_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -247,5 +250,5 @@ def _in_order(summary: pd.DataFrame, by: list[str]) -> Iterator[tuple[tuple[str,
             yield keys, groups[keys]
 
 
-def _sought(metric: str, method: str | None, model: str) -> str:
-    return f"{metric!r}{f' of {method!r}' if method else ''} of the model {model!r}"
+def _sought(metric: str, method: str | None, model: str | None) -> str:
+    return f"{metric!r}{f' of {method!r}' if method else ''}{f' of the model {model!r}' if model else ''}"

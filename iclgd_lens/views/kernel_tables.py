@@ -14,7 +14,7 @@ from iclgd_lens.views.sheets import Column, Sheet
 
 READING_NAMES = {"contribution": "contribution", "coefficient": "linear attention", "proxy": "Dai's proxy"}
 LEVEL_NAMES = {"token": "token", "inner": "token but last", "demonstration": "demonstration"}
-CONTROL_NAMES = {"random": "random", "other_demonstrations": "other", "shuffled_labels": "shuffled labels"}
+CONTROL_COLUMNS = {"random": "random", "other_demonstrations": "other", "shuffled_labels": "shuffled labels"}
 KERNEL_NAMES = {
     "attention_head": "attention, best head",
     "label_attention_head": "attention to labels, best head",
@@ -208,7 +208,7 @@ class _Tables:
         self, method: str, metric: str, controls: Sequence[str], prefix: str = "", bare: str | None = None
     ) -> dict[str, Source]:
         sources = {bare or f"{prefix}trained": Source(method, metric)}
-        sources |= {f"{prefix}{CONTROL_NAMES[control]}": Source(method, metric, control) for control in controls}
+        sources |= {f"{prefix}{CONTROL_COLUMNS[control]}": Source(method, metric, control) for control in controls}
         return sources | ({f"{prefix}twin": Source(method, metric, model="untrained")} if self.twin else {})
 
     def _layered(

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-import pandas as pd
 from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
@@ -22,9 +21,9 @@ from iclgd_lens.experiments.results import EPISODE, summarise
 from iclgd_lens.files import write_text
 from iclgd_lens.views.attention import AttentionExample
 from iclgd_lens.views.circuits import asset, circuitsvis_script, in_script, json_in_script, page
+from iclgd_lens.views.figures import figures
 from iclgd_lens.views.kernel_tables import has_kernel_views, kernel_tables, kernel_verdict
-from iclgd_lens.views.names import RUN_NAMES
-from iclgd_lens.views.paper_figures import paper_figures
+from iclgd_lens.views.names import RUN_NAMES, counted, listed
 from iclgd_lens.views.paper_tables import paper_tables
 from iclgd_lens.views.sheets import Sheet
 from iclgd_lens.views.tables import comparison_tables, verdict
@@ -51,7 +50,6 @@ def report(run: RunFolder) -> str:
     example = AttentionExample.load(run.path / EXAMPLE) if (run.path / EXAMPLE).is_file() else None
     name = str(run.setting["model"]["name"])
     tasks = ", ".join(map(str, run.frames["frame"]["task"].unique()))
-    figures = {name: figure for name, (figure, _) in paper_figures(run.frames).items()}
     parts = [
         f"<style>{asset('report.css')}</style>",
         f"<h1>In-context learning against gradient descent: {escape(tasks)} on {escape(name)}</h1>",
@@ -61,8 +59,9 @@ def report(run: RunFolder) -> str:
         '<h2 id="tables">Tables</h2>',
         *(sheet.html() for sheet in sheets(run)),
         '<h2 id="figures">Figures</h2>',
-        f"<script>{in_script(get_plotlyjs())}</script>",
-        *(_figure(name, figure) for name, figure in figures.items()),
+        f'<script type="text/plain" id="plotly">{in_script(get_plotlyjs())}</script>',
+        *(_figure(name, drawn.figure) for name, drawn in figures(run.frames).items()),
+        f"<script>{asset('report.js')}</script>",
         *([] if example is None else _attention(example)),
         '<h2 id="setting">Setting</h2>',
         "<p>Everything that was set, with versions; the seeds make the same draws on every machine.</p>",
@@ -76,11 +75,11 @@ def summary(run: RunFolder) -> Iterable[str]:
     frame, model = run.frames["frame"], run.setting["model"]
     draws = len(frame[EPISODE].drop_duplicates())
     rates = frame[frame["lr"].notna()].groupby(["task", "method"], sort=False)["lr"].unique()
-    each = "; ".join(f"{RUN_NAMES[method]} on {task} {_listed(values)}" for (task, method), values in rates.items())
+    each = "; ".join(f"{RUN_NAMES[method]} on {task} {listed(values)}" for (task, method), values in rates.items())
     shape = f"{model['n_layers']} layers of {model['n_heads']} heads, d_model {model['d_model']}, {model['dtype']}"
     yield (
-        f"iclgd {run.setting['command']}: {draws} draw{'s' if draws > 1 else ''} of {_listed(frame['k'])} demonstrations and "
-        f"{_listed(frame['n_queries'])} queries, on {model['name']} ({shape}). Learning rates: {each}."
+        f"iclgd {run.setting['command']}: {counted(draws, 'draw')} of {listed(frame['k'])} demonstrations and "
+        f"{listed(frame['n_queries'])} queries, on {model['name']} ({shape}). Learning rates: {each}."
     )
     accuracy = frame[(frame["metric"] == "accuracy") & (frame["model"] == "trained") & (frame["control"] == "none")]
     means = summarise(accuracy, by=["method"]).set_index("method")["mean"]
@@ -112,20 +111,11 @@ def sheets(run: RunFolder) -> list[Sheet]:
     return [*found, *(kernel_tables(frame) if has_kernel_views(frame) else [])]
 
 
-def _listed(values: Iterable[float] | pd.Series) -> str:
-    return " or ".join(f"{value:g}" for value in sorted(set(values)))
-
-
 def _figure(name: str, figure: go.Figure) -> str:
-    """A figure as wide as the page."""
+    """A figure's place, as wide as the page, with what is to be drawn there (`report.js`)."""
     shown = go.Figure(figure).update_layout(width=None, autosize=True)
-    identity = f"figure-{name}"
-    data = json_in_script(shown.to_json())
-    draw = f'const figure = {data}; Plotly.newPlot("{identity}", figure.data, figure.layout, {{responsive: true}});'
-    # When the page stands: drawing takes longest, and nothing waits for it.
-    later = f'addEventListener("load", () => setTimeout(() => {{ {draw} }}))'
-    height = shown.layout.height or 450
-    return f'<div class="figure" id="{identity}" style="height: {height}px"></div>\n<script>{later}</script>'
+    data = f'<script type="application/json">{json_in_script(shown.to_json())}</script>'
+    return f'<div class="figure" id="figure-{name}" style="height: {shown.layout.height}px">{data}</div>'
 
 
 def _attention(example: AttentionExample) -> list[str]:

@@ -36,6 +36,7 @@ from iclgd_lens import (
     own_layer_change,
     summarise,
     tangent_kernel,
+    without_ends,
 )
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
@@ -108,8 +109,8 @@ def test_heads_are_viewed_one_by_one(bundled, twin, episode, runs):
         }
         for method, make in (("gd", gd), ("lcgd", lcgd)):
             weights = implied_attention(make(model, episode.demonstrations, lr=LR).attribution(zsl), episode.demonstrations)
-            by_token = agreement(icl_attention(icl, episode.demonstrations), weights)
-            expected["contribution_token_kendall", method] = by_token.kendall
+            inner = [without_ends(x, episode.demonstrations) for x in (icl_attention(icl, episode.demonstrations), weights)]
+            expected["contribution_inner_kendall", method] = agreement(*inner).kendall
         heads = runs.heads[runs.heads["model"] == name]
         assert set(zip(heads["metric"], heads["method"], strict=True)) == {
             *expected,

@@ -106,7 +106,7 @@ def test_layer_figure_names_its_axes_and_panels_and_every_series_once(found: Com
     figure = layer_figure(of(found.frame, tasks))
     panels = ["SimAOU", "SimAM_Δ"]
     assert titles(figure) == [
-        *([f"{task}: {panel}" for task in tasks for panel in panels] if len(tasks) > 1 else panels),
+        *([f"{task}<br>{panel}" for task in tasks for panel in panels] if len(tasks) > 1 else panels),
         "layer",
         "cosine",
     ]
@@ -151,7 +151,7 @@ def test_heat_maps_are_mean_gradient_norms_and_lcgd_s_their_decimal_logarithms(f
                 assert trace.z[layer][step] == pytest.approx(mean if method == "gd" else np.log10(mean), abs=1e-9)
                 assert trace.customdata[layer][step] == pytest.approx(mean)
     assert titles(figure)[-2:] == ["demonstration", "layer"]
-    assert [title.split(": ")[-1] for title in titles(figure)[:-2]] == ["GD", "LCGD, log scale"] * len(tasks)
+    assert [title.split("<br>")[-1] for title in titles(figure)[:-2]] == ["GD", "LCGD, log scale"] * len(tasks)
 
 
 def test_ticks_of_a_log_scale_stand_at_the_logarithms_of_what_they_say(found: Comparison):
@@ -210,7 +210,7 @@ def test_rate_curves_are_means_over_draws_by_rate(curve: pd.DataFrame, tasks: tu
     assert sorted(trace.name for trace in figure.data if trace.showlegend) == ["GD", "LCGD"]
     assert {figure.layout[name].type for name in figure.layout if name.startswith("xaxis")} == {"log"}
     assert "learning rate" in titles(figure)
-    panels = [title.split(": ")[-1] for title in titles(figure)[:3]]
+    panels = [title.split("<br>")[-1] for title in titles(figure)[:3]]
     assert panels[:2] == ["SimAOU", "SimAM_Δ"]
     assert "accuracy" in panels[2]
 
