@@ -1,5 +1,6 @@
 """Fixtures that several folders use: the bundled model, its untrained twin and one episode."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from iclgd_lens.data.episodes import Episode
 
 # The models here are so small that threads cost more than they bring.
 torch.set_num_threads(1)
+# Parallel workers are told to be 80 columns wide, and what commands print would fold there.
+os.environ.pop("COLUMNS", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

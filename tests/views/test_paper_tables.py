@@ -155,7 +155,7 @@ def test_a_brief_table_of_claims_is_over_all_tasks(sheets):
         ({"controls": ()}, {"controls"}),
         ({"lr": 1e30}, {"table1", "table2", "dai", "controls", "claims"}),
     ],
-    ids=str,
+    ids=["GD alone", "LCGD alone", "no twins", "no controls", "diverged"],
 )
 @pytest.mark.parametrize("tasks", [TASKS[:1], TASKS], ids=["one task", "two tasks"])
 def test_a_run_with_less_has_the_tables_and_figures_that_it_has_numbers_for(tmp_path_factory, tmp_path, tasks, options, missing):
