@@ -1,0 +1,54 @@
+"""The command `iclgd bench`: what the main jobs cost, against a naive path or the work that they cannot avoid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from iclgd_lens.cli.common import Device, DType, console, errors_for_people, require_writable
+
+
+def bench(
+    model: Annotated[
+        str, typer.Option(help="A shape: bundled, gpt2-small, gpt2-medium, gpt2-xl or llama-7b; weights are random.")
+    ] = "gpt2-small",
+    job: Annotated[list[str] | None, typer.Option(help="A job by name; may be given more than once. By default all.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each job is timed.")] = 5,
+    k: Annotated[int, typer.Option(min=2, help="Demonstrations.")] = 32,
+    demonstration: Annotated[int, typer.Option(min=4, help="Tokens of a demonstration.")] = 28,
+    queries: Annotated[int, typer.Option(min=1, help="Queries.")] = 64,
+    query: Annotated[int, typer.Option(min=3, help="Tokens of a query.")] = 24,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; by default its own choice.")] = None,
+    device: Device = None,
+    dtype: DType = "float32",
+    out: Annotated[Path, typer.Option(help="File for the results (parquet).")] = Path("iclgd-bench.parquet"),
+) -> None:
+    """Time the main jobs against a naive path, or against passes that they must make anyway; results are checked first."""
+    with errors_for_people():
+        require_writable(out)
+        with console.status("loading torch and TransformerLens"):
+            import torch
+
+            from iclgd_lens.bench.jobs import JOBS, Setting
+            from iclgd_lens.bench.models import NEEDS_GPU, Sizes
+            from iclgd_lens.bench.run import benchmark_table, run_benchmarks
+            from iclgd_lens.files import written_whole
+            from iclgd_lens.models.loading import parse_device
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if model in NEEDS_GPU and parse_device(device) == "cpu":
+            console.print(f"{model}: no GPU", markup=False)
+            return
+        sizes = Sizes(k=k, demonstration=demonstration, queries=queries, query=query)
+        with console.status(Text(f"building {model}")) as status:
+            setting = Setting.named(model, sizes, device=device, dtype=getattr(torch, dtype))
+            frame = run_benchmarks(
+                setting, job or tuple(JOBS), repeats=repeats, on_job=lambda name: status.update(Text(f"measuring {name}"))
+            )
+        with written_whole(out) as partial:
+            frame.to_parquet(partial, index=False)
+    console.print(benchmark_table(frame).rich())
+    console.print(f"Results: {out}", soft_wrap=True, markup=False)
