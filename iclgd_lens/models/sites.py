@@ -12,6 +12,7 @@ places. The places, for layer ℓ:
 `scores[ℓ]`           `[batch head query_pos key_pos]`            attention scores before softmax, scaled and masked
 `pattern[ℓ]`          `[batch head query_pos key_pos]`            attention, the softmax of the scores
 `head_out[ℓ]`         `[batch pos head d_head]`                   each head's attended values, before the output projection
+`residual_between[ℓ]` `[batch pos d_model]`                       the residual stream between attention and feed-forward part
 `attention_out[ℓ]`    `[batch pos d_model]`                       attention's output as it is added to the residual stream
 ====================  ==========================================  =======================================================
 
@@ -126,6 +127,27 @@ class HookSites:
         """Multiply what the projections of a layer see by its `W_Q` and add its `b_Q`: attention queries before any rotation."""
         attention: Any = self.model.blocks[layer].attn
         return einsum(inputs, attention.W_Q, "... d_model, head d_model d_head -> ... head d_head") + attention.b_Q
+
+    @property
+    def residual_between(self) -> tuple[str, ...]:
+        """Where a block's residual stream is read between its attention and its feed-forward part, where one follows the other."""
+        return tuple(f"blocks.{layer}.hook_resid_mid" for layer in range(self.n_layers))
+
+    def feeds_forward_plainly(self, layer: int) -> bool:
+        """Whether a block's feed-forward part follows its attention, treats positions apart, and has no hook on it."""
+        cfg, block = self.model.cfg, self.model.blocks[layer]
+        if cfg.attn_only or cfg.parallel_attn_mlp or cfg.num_experts is not None:
+            return False
+        names = ("ln2", "mlp", "ln2_post", "hook_mlp_in", "hook_mlp_out", "hook_resid_post")
+        parts = [getattr(block, name) for name in names if hasattr(block, name)]
+        modules = [module for part in parts for module in part.modules()]
+        return not any(each._forward_hooks or each._forward_pre_hooks or each._backward_hooks for each in modules)
+
+    def feed_forward(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Run the feed-forward part of a block, where it is plain: from `residual_between[layer]` to the block's output."""
+        block: Any = self.model.blocks[layer]
+        after = self.model.cfg.original_architecture in _POST_NORM_ARCHITECTURES
+        return residual + block.apply_mlp(residual if after else block.ln2(residual))
 
     @property
     def output_weights(self) -> tuple[Float[Tensor, "head d_head d_model"], ...]:

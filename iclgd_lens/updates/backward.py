@@ -17,8 +17,18 @@ from torch import Tensor
 from iclgd_lens.models.sites import HookSites, NamedHook
 from iclgd_lens.updates.inject import Parameter
 
-Loss = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, ""]]
-"""A loss in nats of the residual stream, at the output or at any layer."""
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """A loss in nats of the residual stream, at the output or at any layer.
+
+    Attributes:
+        of_rows: The loss of the residual stream at the positions that it depends on.
+        positions: Which these are.
+    """
+
+    of_rows: Callable[[Float[Tensor, "pos d_model"]], Float[Tensor, ""]]
+    positions: slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +46,17 @@ def output_gradients(
 ) -> Gradients:
     """One forward and one backward pass, from the loss at the output down to the first layer's keys and values."""
     recorder = Recorder(sites, parameters)
-    final: list[Tensor] = []
+    top = sites.n_layers - 1
+    readout = _Readout(sites, loss, len(tokens))
+    found: list[Float[Tensor, ""]] = []
     hooks = [*injected]
     for layer in range(sites.n_layers):
         # Below the first layer nothing is trained: its projections are leaves, where backward stops.
         hooks += recorder.hooks(layer, cut=layer == 0)
-    hooks.append((sites.residual_out[-1], lambda residual, hook: final.append(residual)))
+    hooks += readout.hooks(top)
+    hooks.append((sites.residual_out[top], lambda residual, hook: found.append(readout.of(top, residual))))
     _run(sites, tokens, hooks)
-    value = loss(final[0])
-    return recorder.gradients([loss_gradients(value, recorder.outputs())], value)
+    return recorder.gradients([loss_gradients(found[0], recorder.outputs())], found[0])
 
 
 def layer_causal_gradients(
@@ -52,11 +64,12 @@ def layer_causal_gradients(
 ) -> Gradients:
     """One forward pass; inside the hook at every block's output, that block's loss and its gradient."""
     recorder = Recorder(sites, parameters)
+    readout = _Readout(sites, loss, len(tokens))
     values: list[Float[Tensor, ""]] = []
     found: list[tuple[Tensor, ...]] = []
 
     def take(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
-        value = loss(residual)
+        value = readout.of(len(found), residual)
         found.append(loss_gradients(value, recorder.outputs()))
         recorder.forget_outputs()
         values.append(value.detach())
@@ -64,12 +77,36 @@ def layer_causal_gradients(
 
     hooks = [*injected]
     for layer in range(sites.n_layers):
-        hooks += recorder.hooks(layer, cut=True)
+        hooks += [*recorder.hooks(layer, cut=True), *readout.hooks(layer)]
         hooks.append((sites.residual_out[layer], take))
     # The first block's input is the embedding, whose weights may ask for gradients too.
     hooks.insert(0, (sites.residual_in[0], lambda residual, hook: residual.detach()))
     _run(sites, tokens, hooks)
     return recorder.gradients(found, torch.stack(values).sum())
+
+
+class _Readout:
+    """The loss at a block's output, by the shortest way back.
+
+    A loss of few positions, such as a label's, has no gradient at the others. Where the block's feed-forward part treats positions
+    apart and no hook is on it, that part runs once more on these few alone, and going back through them costs little.
+    """
+
+    def __init__(self, sites: HookSites, loss: Loss, length: int) -> None:
+        self.sites, self.loss = sites, loss
+        self.sparse = 2 * len(range(length)[loss.positions]) < length
+        self.between: list[Float[Tensor, "batch pos d_model"]] = []
+
+    def hooks(self, layer: int) -> list[NamedHook]:
+        if not (self.sparse and self.sites.feeds_forward_plainly(layer)):
+            return []
+        return [(self.sites.residual_between[layer], lambda residual, hook: self.between.append(residual))]
+
+    def of(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, ""]:
+        if not self.between:
+            return self.loss.of_rows(residual[0, self.loss.positions])
+        rows = self.between.pop()[:, self.loss.positions]
+        return self.loss.of_rows(self.sites.feed_forward(layer, rows)[0])
 
 
 def loss_gradients(value: Float[Tensor, ""], outputs: list[Tensor], *, again: bool = False) -> tuple[Tensor, ...]:

@@ -24,7 +24,6 @@ depth.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +35,13 @@ from transformer_lens import HookedTransformer
 from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
-from iclgd_lens.models.precision import wide, wide_dtype
+from iclgd_lens.models.precision import wide
 from iclgd_lens.models.readout import read_out
 from iclgd_lens.models.sites import HookSites, warn_if_processed
 from iclgd_lens.updates.backward import Gradients, Loss, layer_causal_gradients, output_gradients
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule, UpdateSettings
-from iclgd_lens.updates.inject import Parameter, injection_hooks
+from iclgd_lens.updates.inject import Parameter
+from iclgd_lens.updates.running import KINDS, RunningUpdate
 
 
 class DivergedError(ValueError):
@@ -122,24 +122,24 @@ def _descend(
     with torch.inference_mode(False), torch.no_grad():
         columns = _check(model, demonstrations, settings, label_tokens)
         warn_if_processed(model)
-        running = _zero_deltas(sites, settings.parameters)
-        # Online, a gradient changes what the next demonstration meets; in a batch it waits for the end of the epoch.
-        online = settings.schedule == "online"
-        pending = running if online else {name: torch.zeros_like(delta) for name, delta in running.items()}
-        steps: list[Gradients] = []
+        lengths = [len(demonstration.tokens) for demonstration in demonstrations] * settings.epochs
+        running = RunningUpdate(sites, settings.parameters, sum(lengths), settings.lr)
         norms: list[Float[Tensor, "layer"]] = []
+        losses: list[Float[Tensor, ""]] = []
         for _ in range(settings.epochs):
             for number, demonstration in enumerate(demonstrations):
                 tokens = demonstration.tokens.to(model.cfg.device, copy=True)
                 loss = _loss(model, tokens, demonstration.n_label_tokens, settings, columns)
                 with torch.enable_grad():
-                    found = gradients_of(sites, tokens, injection_hooks(sites, running), loss, settings.parameters)
-                steps.append(found)
-                norms.append(_accumulate(found, pending, settings.lr))
+                    found = gradients_of(sites, tokens, running.hooks(), loss, settings.parameters)
+                norms.append(running.record(found))
+                losses.append(found.loss)
                 _refuse_non_finite(norms[-1], settings, number, len(demonstrations))
-            if not online:
-                _apply(pending, running)
-        return _in_dual_form(sites, demonstrations, settings, steps, norms)
+                # Online, a gradient changes what the next demonstration meets; in a batch it waits for the end of the epoch.
+                if settings.schedule == "online":
+                    running.apply()
+            running.apply()
+        return _in_dual_form(sites, demonstrations, settings, running, norms, losses)
 
 
 def _loss(
@@ -155,83 +155,39 @@ def _loss(
     if columns is not None:
         targets = torch.searchsorted(columns, targets)
 
-    def loss(residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, ""]:
-        logits = read_out(model, residual[0, -n_predicted - 1 : -1], columns)
-        return F.cross_entropy(wide(logits), targets)
+    def of_rows(residual: Float[Tensor, "pos d_model"]) -> Float[Tensor, ""]:
+        return F.cross_entropy(wide(read_out(model, residual, columns)), targets)
 
-    return loss
-
-
-def _zero_deltas(sites: HookSites, parameters: Sequence[Parameter]) -> dict[str, Float[Tensor, "layer *shape"]]:
-    cfg = sites.model.cfg
-    width = sites.n_kv_heads * cfg.d_head
-    shapes = {name: (width,) if name.startswith("b") else (cfg.d_model, width) for name in parameters}
-    return {
-        name: torch.zeros(sites.n_layers, *shape, dtype=wide_dtype(cfg.dtype), device=cfg.device) for name, shape in shapes.items()
-    }
-
-
-def _accumulate(found: Gradients, pending: dict[str, Tensor], lr: float) -> Float[Tensor, "layer"]:
-    """Add −lr times a demonstration's gradient to the pending change; return the gradient's norm per layer."""
-    squares = []
-    for layer, inputs in enumerate(found.inputs):
-        square = torch.zeros((), dtype=wide_dtype(inputs.dtype), device=inputs.device)
-        for gradients, weight, bias in ((found.keys, "W_K", "b_K"), (found.values, "W_V", "b_V")):
-            if gradients is None:
-                continue
-            flat = wide(rearrange(gradients[layer], "pos kv_head d_head -> pos (kv_head d_head)"))
-            if weight in pending:
-                gradient = wide(inputs).T @ flat
-                pending[weight][layer] -= lr * gradient
-                square = square + gradient.square().sum()
-            if bias in pending:
-                gradient = flat.sum(dim=0)
-                pending[bias][layer] -= lr * gradient
-                square = square + gradient.square().sum()
-        squares.append(square)
-    return torch.stack(squares).sqrt()
-
-
-def _apply(pending: dict[str, Tensor], running: dict[str, Tensor]) -> None:
-    for name, delta in pending.items():
-        running[name] += delta
-        delta.zero_()
+    return Loss(of_rows, slice(len(tokens) - n_predicted - 1, len(tokens) - 1))
 
 
 def _in_dual_form(
     sites: HookSites,
     demonstrations: Sequence[Demonstration],
     settings: UpdateSettings,
-    steps: list[Gradients],
+    running: RunningUpdate,
     norms: list[Float[Tensor, "layer"]],
+    losses: list[Float[Tensor, ""]],
 ) -> ParameterUpdate:
-    def errors(kind: Literal["keys", "values"]) -> Float[Tensor, "layer token kv_head d_head"]:
-        per_step = [getattr(step, kind) for step in steps]
-        if per_step[0] is None:
-            cfg = sites.model.cfg
-            return torch.zeros(*inputs.shape[:2], sites.n_kv_heads, cfg.d_head, dtype=wide_dtype(cfg.dtype), device=inputs.device)
-        return -settings.lr * wide(_by_layer(per_step))
-
-    inputs = _by_layer([step.inputs for step in steps])
-    device = inputs.device
-    lengths = [len(demonstration.tokens) for demonstration in demonstrations] * settings.epochs
-    numbers = [*range(len(demonstrations))] * settings.epochs
+    device = running.inputs.device
+    lengths = torch.tensor([len(demonstration.tokens) for demonstration in demonstrations] * settings.epochs, device=device)
+    numbers = torch.arange(len(demonstrations), device=device).repeat(settings.epochs)
+    keys, values = (
+        rearrange(running.errors[kind], "layer token (kv_head d_head) -> layer token kv_head d_head", kv_head=sites.n_kv_heads)
+        for kind in KINDS
+    )
     return ParameterUpdate(
-        inputs=inputs,
-        key_errors=errors("keys"),
-        value_errors=errors("values"),
-        demonstration=torch.tensor(numbers, device=device).repeat_interleave(torch.tensor(lengths, device=device)),
-        position=torch.cat([torch.arange(length, device=device) for length in lengths]),
+        inputs=running.inputs,
+        key_errors=keys,
+        value_errors=values,
+        demonstration=numbers.repeat_interleave(lengths),
+        position=torch.cat([torch.arange(int(length), device=device) for length in lengths]),
         gradient_norms=torch.stack(norms, dim=1),
-        losses=torch.stack([step.loss for step in steps]),
+        losses=torch.stack(losses),
         settings=settings,
         fingerprint=fingerprint(sites.model),
         examples=demonstrations_digest(demonstrations),
     )
-
-
-def _by_layer(per_step: list[list[Float[Tensor, "pos *rest"]]]) -> Float[Tensor, "layer token *rest"]:
-    return torch.cat([torch.stack(layers) for layers in per_step], dim=1)
 
 
 def _refuse_non_finite(norms: Float[Tensor, "layer"], settings: UpdateSettings, number: int, count: int) -> None:

@@ -1,0 +1,50 @@
+"""The change so far: the same whether tokens are injected one by one or summed up."""
+
+import pytest
+import torch
+
+from iclgd_lens import lcgd
+from iclgd_lens.updates.running import RunningUpdate
+from tests.models_zoo import label_tokens, make_demonstrations, make_model
+from tests.reference import relative_error
+
+LABELS = {"loss_on": "label", "readout": "labels", "label_tokens": label_tokens()}
+
+
+@pytest.mark.parametrize("limit", [0, 10, 10_000])
+def test_when_tokens_are_summed_up_changes_nothing(limit, monkeypatch):
+    model, demonstrations = make_model(), make_demonstrations(6)
+    expected = lcgd(model, demonstrations, lr=0.3, epochs=2)
+    original = RunningUpdate.__init__
+
+    def limited(self, *arguments):
+        original(self, *arguments)
+        self._limit = limit
+
+    monkeypatch.setattr(RunningUpdate, "__init__", limited)
+    found = lcgd(model, demonstrations, lr=0.3, epochs=2)
+    assert relative_error(found.value_errors, expected.value_errors) < 1e-5
+    assert relative_error(found.gradient_norms, expected.gradient_norms) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["three_layers", "norms_before_and_after", "post_norm", "rotary_rms_grouped_gated"])
+def test_label_losses_go_back_through_few_positions_as_through_all(shape):
+    """A hook that changes nothing makes them go through all."""
+    model, demonstrations = make_model(shape), make_demonstrations(4, max_text=12)
+    few = lcgd(model, demonstrations, lr=0.3, **LABELS)
+    with model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_mlp_out", lambda out, hook: out) for layer in range(model.cfg.n_layers)]):
+        every = lcgd(model, demonstrations, lr=0.3, **LABELS)
+    assert not torch.equal(few.value_errors, torch.zeros_like(few.value_errors))
+    assert relative_error(few.key_errors, every.key_errors) < 1e-5
+    assert relative_error(few.value_errors, every.value_errors) < 1e-5
+
+
+@pytest.mark.parametrize("place", ["mlp.hook_post", "hook_mlp_out", "hook_resid_post"])
+def test_a_hook_that_stops_gradients_stops_them_in_label_losses(place):
+    """Values are as before, so only the hook's presence tells."""
+    model, demonstrations = make_model(), make_demonstrations(3, max_text=12)
+    plain = lcgd(model, demonstrations, lr=0.3, **LABELS)
+    stops = [(f"blocks.{layer}.{place}", lambda tensor, hook: tensor.detach()) for layer in range(model.cfg.n_layers)]
+    with model.hooks(fwd_hooks=stops):
+        stopped = lcgd(model, demonstrations, lr=0.3, **LABELS)
+    assert relative_error(stopped.value_errors[:, :5], plain.value_errors[:, :5]) > 1e-2
