@@ -32,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_named(folder: Path, names: Iterable[str]) -> None:
-    """Remove the files of these names, whatever their suffix, that an earlier run left in a folder."""
+    """Remove the files of these names (`*` stands for anything), whatever their suffix, that an earlier run left in a folder."""
     for name in names:
         for left in folder.glob(f"{name}.*"):
             left.unlink()

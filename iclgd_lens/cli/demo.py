@@ -19,6 +19,8 @@ from iclgd_lens.cli.common import (
 )
 from iclgd_lens.views.names import counted, listed
 
+CONTROLS = ("random",)
+
 
 def demo(
     task: Annotated[str, typer.Option(help="The bundled task: bundled/remapped or bundled/natural.")] = "bundled/remapped",
@@ -48,6 +50,7 @@ def demo(
 
             from iclgd_lens.cli.running import close_run, compare_episodes
             from iclgd_lens.data.registry import load_task
+            from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
             from iclgd_lens.models.loading import load_model
             from iclgd_lens.views.tables import comparison_tables, verdict
 
@@ -65,7 +68,7 @@ def demo(
             seeds=seeds,
             twins=True,
             about="running ZSL, ICL, GD and LCGD",
-            controls=("random",),
+            controls=CONTROLS,
             lr=lr,
             loss_on=loss_on,
             readout=readout,
@@ -80,8 +83,9 @@ def demo(
         console.print(sheet.rich())
     console.print(f"Tidy results, {len(frame)} rows: {out / 'frame.parquet'}", soft_wrap=True, markup=False)
     with errors_for_people():
-        options = {"loss_on": loss_on, "readout": readout}
-        run = {"command": "demo", "task": task, "k": k, "episodes": episodes, "queries": queries, "lr": lr, **options, "seed": seed}
+        options = {**UPDATE_OPTIONS, "loss_on": loss_on, "readout": readout}
+        run = {"command": "demo", "task": task, "k": k, "episodes": episodes, "queries": queries, "lr": lr, "seed": seed}
+        run |= {"twins": True, "controls": CONTROLS, "options": options}
         first = drawn.episode(model, k=count, n_queries=queries, seed=seed)
         close_run(out, model, "bundled", run, first, {"gd": lr, "lcgd": lr}, options)
     console.print(verdict(frame), markup=False)

@@ -55,9 +55,11 @@ def kernels(
 
             from iclgd_lens.cli.running import close_run, compare_episodes
             from iclgd_lens.data.registry import load_task
+            from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
             from iclgd_lens.kernels.constructed import positive_control
             from iclgd_lens.models.loading import load_model
             from iclgd_lens.views.kernel_tables import kernel_tables, kernel_verdict
+            from iclgd_lens.views.sheets import write_sheets
         drawn = load_task(task, data)
         rate = _rate(lr, task)
         if model == "bundled":
@@ -89,8 +91,9 @@ def kernels(
         markup=False,
     )
     console.print()
-    for sheet in kernel_tables(frame):
-        sheet.write(out / "tables")
+    sheets = kernel_tables(frame)
+    write_sheets(sheets, out / "tables", ["kernels_*"])
+    for sheet in sheets:
         console.print(sheet.rich())
     console.print(
         f"Known answer: where a layer is built to do a step of gradient descent, similarity reads {known.same:.3f}, and against "
@@ -108,9 +111,10 @@ def kernels(
     with errors_for_people():
         run: dict[str, Any] = {"command": "kernels", "task": task, "data": None if data is None else str(data), "k": k}
         run |= {"episodes": episodes, "queries": queries, "lr": rate, "twins": twins, "seed": seed}
-        options = {"loss_on": loss_on, "readout": readout}
+        options = {**UPDATE_OPTIONS, "loss_on": loss_on, "readout": readout}
+        run |= {"controls": (), "options": options}
         first = drawn.episode(loaded, k=count, n_queries=queries, seed=seed)
-        close_run(out, loaded, shown_name(model), run | options, first, {"gd": rate, "lcgd": rate}, options)
+        close_run(out, loaded, shown_name(model), run, first, {"gd": rate, "lcgd": rate}, options)
     console.print(kernel_verdict(frame), markup=False)
 
 

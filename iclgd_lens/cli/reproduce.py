@@ -94,7 +94,7 @@ def reproduce(
             from iclgd_lens.data.registry import BUNDLED_TASKS, PAPER_TASKS
             from iclgd_lens.experiments import reproduce as running
             from iclgd_lens.experiments.drawing import draw_to_report, load_tasks
-            from iclgd_lens.experiments.folder import SETTING
+            from iclgd_lens.experiments.folder import begin_run
             from iclgd_lens.experiments.learning_rate import GRID, UPDATE_OPTIONS
             from iclgd_lens.experiments.paper import PAPER
             from iclgd_lens.experiments.protocol import TWINS, Protocol
@@ -117,13 +117,14 @@ def reproduce(
             lr_curve=lr_curve,
             options={**UPDATE_OPTIONS, "loss_on": loss_on, "readout": readout},
         )
+        protocol.require_tasks()
         if model == "bundled":
             # So small that threads cost more than they bring.
             torch.set_num_threads(1)
         with console.status(Text(f"loading the model {model}")):
             loaded = load_model(model, device=device, dtype=getattr(torch, dtype), process_weights=process_weights)
         name = shown_name(model)
-        (out / SETTING).unlink(missing_ok=True)
+        begin_run(out)
         with progress_bar() as progress:
             bar = progress.add_task("loading data", total=None)
             results = running.reproduce(
@@ -150,10 +151,11 @@ def reproduce(
 def _show(results: Results, name: str, out: Path, pictures: bool) -> None:
     """Print the tables, and write them and the figures."""
     from iclgd_lens.views.figures import write_figures
-    from iclgd_lens.views.paper_tables import brief, paper_tables, write_paper_tables
+    from iclgd_lens.views.paper_tables import TABLES, brief, paper_tables
+    from iclgd_lens.views.sheets import write_sheets
 
     sheets = paper_tables(results, name)
-    write_paper_tables(sheets, out / "tables")
+    write_sheets(sheets, out / "tables", TABLES)
     for sheet in sheets:
         console.print(brief(sheet).rich())
     with console.status("drawing figures"):

@@ -31,9 +31,10 @@ def compare_episodes(
     """Compare one episode per seed, each beside an untrained twin of its own, and write what is done after every one."""
     from iclgd_lens.experiments.compare import compare, n_runs
     from iclgd_lens.experiments.comparison import Comparison
-    from iclgd_lens.experiments.folder import write_frames
+    from iclgd_lens.experiments.folder import begin_run, write_frames
     from iclgd_lens.models.untrained import untrained_twin
 
+    begin_run(out)
     found: list[Comparison] = []
     with progress_bar() as progress:
         runs = n_runs(("gd", "lcgd"), options["controls"], untrained=twins, kernels=options.get("kernels", False))
@@ -74,19 +75,24 @@ def close_run(
         options: How those are made, as in `gd`.
     """
     from iclgd_lens.experiments.compare import METHODS
-    from iclgd_lens.experiments.folder import RunFolder, write_setting
+    from iclgd_lens.experiments.folder import EXAMPLE, RunFolder, write_setting
+    from iclgd_lens.updates.gradient import DivergedError
     from iclgd_lens.views.attention import attention_example, queries_within
-    from iclgd_lens.views.report import EXAMPLE, write_report
+    from iclgd_lens.views.report import write_report
 
     write_setting(out, model, name, run)
-    (out / EXAMPLE).unlink(missing_ok=True)
     with console.status("writing the report"):
         options = {**options, "label_tokens": episode.label_tokens}
+        updates = {}
+        for method, lr in rates.items():
+            try:
+                updates[method] = METHODS[method](model, episode.demonstrations, lr=lr, **options)
+            except DivergedError as error:
+                console.print(f"The example of attention is without {method.upper()}: {error}", soft_wrap=True, markup=False)
         try:
-            updates = {method: METHODS[method](model, episode.demonstrations, lr=lr, **options) for method, lr in rates.items()}
             rows = range(queries_within(model, episode, len(updates)))
             attention_example(model, episode, updates, rows).save(out / EXAMPLE)
-        except ValueError as error:  # an update diverged, or the model's heads cannot be told apart
+        except ValueError as error:  # the model's heads cannot be told apart
             console.print(f"The report has no example of attention: {error}", soft_wrap=True, markup=False)
         report = write_report(RunFolder.read(out))
     console.print(f"Report: {report}", soft_wrap=True, markup=False)

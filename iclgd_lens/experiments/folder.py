@@ -13,14 +13,27 @@ from typing import Any
 import pandas as pd
 from transformer_lens import HookedTransformer
 
-from iclgd_lens.experiments.results import write_frame
+from iclgd_lens.experiments.comparison import COLUMNS, PARTS
+from iclgd_lens.experiments.results import EPISODE, write_frame
 from iclgd_lens.files import write_text
 from iclgd_lens.models.fingerprint import fingerprint
 
 PACKAGES = ("iclgd-lens", "transformer-lens", "torch", "transformers", "tokenizers", "datasets", "numpy")
 SHAPE = ("n_layers", "n_heads", "d_model", "d_head", "n_ctx", "d_vocab", "normalization_type", "positional_embedding_type")
+
+FRAMES = (*PARTS, "rates", "searched", "curve")
+"""The frames of a run of a protocol; other runs have those of a comparison alone."""
+
 SETTING = "setting.json"
 """The file of the setting. It is written when all is done, so that the folder of a run that was stopped has none."""
+
+EXAMPLE = "attention.json"
+"""The file of the run's example of attention."""
+
+REPORT = "report.html"
+
+_ABOUT_MODEL = {"name", "fingerprint", "dtype", "device", *SHAPE}
+_ABOUT_ROWS = {*EPISODE, "order", "n_queries", "model"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +42,7 @@ class RunFolder:
 
     Attributes:
         path: The folder.
-        frames: Its frames by name, as `write_frames` wrote them.
+        frames: Its frames by name, as `write_frames` wrote them: those of a comparison, and of a protocol where it was one.
         setting: What `write_setting` wrote.
     """
 
@@ -43,6 +56,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: If it is not one.
+            ValueError: If a file in it is damaged, or of another version.
         """
         path = Path(path)
         if not (path / SETTING).is_file() or not (path / "frame.parquet").is_file():
@@ -50,8 +64,20 @@ class RunFolder:
                 f"{path} is not the folder of a finished run: it needs {SETTING} and frame.parquet, which iclgd demo, kernels and "
                 "reproduce write"
             )
-        frames = {file.stem: pd.read_parquet(file) for file in sorted(path.glob("*.parquet"))}
-        return cls(path, frames, json.loads((path / SETTING).read_text(encoding="utf-8")))
+        setting = _read_setting(path / SETTING)
+        names = FRAMES if "protocol" in setting else PARTS
+        return cls(path, {name: _read_frame(path / f"{name}.parquet", name) for name in names}, setting)
+
+
+def other_version(file: Path, what: str) -> ValueError:
+    """The error for a file that this version cannot have written."""
+    return ValueError(f"{file} {what}: it is damaged, or another version wrote it; run its command again")
+
+
+def begin_run(folder: Path) -> None:
+    """Take from a folder what says that a run in it is done."""
+    for name in (SETTING, EXAMPLE, REPORT):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_frames(folder: Path, frames: Mapping[str, pd.DataFrame]) -> None:
@@ -81,3 +107,28 @@ def write_setting(folder: Path, model: HookedTransformer, name: str, run: Mappin
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
     }
     write_text(folder / SETTING, json.dumps(setting, indent=2) + "\n")
+
+
+def _read_setting(file: Path) -> Mapping[str, Any]:
+    try:
+        setting = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise other_version(file, f"is not JSON ({error})") from None
+    model = setting.get("model") if isinstance(setting, dict) else None
+    if not isinstance(model, dict) or not set(model) >= _ABOUT_MODEL or "command" not in setting:
+        raise other_version(file, "does not say which command was run on which model")
+    return setting
+
+
+def _read_frame(file: Path, name: str) -> pd.DataFrame:
+    if not file.is_file():
+        raise other_version(file, "is missing")
+    try:
+        frame = pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise other_version(file, f"is not a frame ({error})") from None
+    if missing := sorted({*_ABOUT_ROWS, *COLUMNS[name]} - set(frame)) if name in PARTS else []:
+        raise other_version(file, f"has no column {missing[0]!r}")
+    if name == "frame" and frame.empty:
+        raise other_version(file, "has no rows")
+    return frame

@@ -95,7 +95,6 @@ class Protocol:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("no tasks: name at least one")
-        require_tasks([*self.tasks, *([self.other_task] if self.other_task else [])])
         for name in ("tasks", "seeds", "grid", "methods", "controls", "twins"):
             values = getattr(self, name) or ()
             if twice := [value for value in values if list(values).count(value) > 1]:
@@ -130,6 +129,14 @@ class Protocol:
             raise ValueError(f"lr must be 'auto', 'paper' or a number that is finite and not negative, got {self.lr!r}")
         if not self.grid or any(not isinstance(lr, Real) or not 0 < lr < float("inf") for lr in self.grid):
             raise ValueError(f"grid must be learning rates above 0, got {list(self.grid)}")
+
+    def require_tasks(self) -> None:
+        """Check that all tasks are known here, as those of a protocol that was read need not be.
+
+        Raises:
+            ValueError: If one is not.
+        """
+        require_tasks([*self.tasks, *([self.other_task] if self.other_task else [])])
 
     def plan(self, task: str) -> Plan:
         """What is run of a task, defaults filled in."""

@@ -25,7 +25,7 @@ from iclgd_lens.experiments.cells import cell
 from iclgd_lens.experiments.compare import Control, Method, compare, n_runs
 from iclgd_lens.experiments.comparison import PARTS, Comparison
 from iclgd_lens.experiments.drawing import Draw, draw_for_tuning, draw_to_report, load_tasks
-from iclgd_lens.experiments.folder import write_frames
+from iclgd_lens.experiments.folder import FRAMES, write_frames
 from iclgd_lens.experiments.learning_rate import choose, search, similarity_by_rate
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.experiments.protocol import TWINS, Protocol
@@ -65,8 +65,6 @@ class Results:
         """The frames by name."""
         return {name: getattr(self, name) for name in FRAMES}
 
-
-FRAMES = (*PARTS, "rates", "searched", "curve")
 
 Frames = dict[str, pd.DataFrame]
 

@@ -33,7 +33,7 @@ from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.views.circuits import View, drawn_by, element
 from iclgd_lens.views.figure_style import COLOURS
-from iclgd_lens.views.names import METHOD_NAMES
+from iclgd_lens.views.names import METHOD_NAMES, counted
 
 Pattern = Float[Tensor, "head query_pos key_pos"]
 
@@ -79,6 +79,9 @@ class AttentionExample:
         """Make the view: a row per demonstration, a column per method, and selectors of the query, the layer and the head."""
         return drawn_by("iclgdAttention", asdict(self))
 
+    def _repr_html_(self) -> str:
+        return self.view().local_src
+
     def save(self, path: str | Path) -> None:
         """Write the example as JSON.
 
@@ -95,10 +98,10 @@ class AttentionExample:
             OSError: If the file cannot be read.
             ValueError: If it holds something else.
         """
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
         try:
-            return cls(**found)
-        except TypeError as error:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**{name: _as_tuple(value) for name, value in found.items()})
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not hold an attention example: {error}") from None
 
 
@@ -180,7 +183,9 @@ def attention_patterns(
     """
     tokens, pattern = _pattern(model, query, demonstrations, update, [layer])
     names = [f"L{layer}H{head}" for head in range(len(pattern[layer]))]
-    return _heads(strings(model, tokens), pattern[layer], names)
+    where = f"behind {counted(len(demonstrations), 'demonstration')}" if demonstrations else "zero-shot"
+    caption = f"Attention in layer {layer}, {where}{'' if update is None else ', under an update'}. Rows attend to columns."
+    return _heads(caption, strings(model, tokens), pattern[layer], names)
 
 
 def changed_heads(
@@ -216,9 +221,13 @@ def changed_heads(
     change = torch.stack([after[layer][head] - before[layer][head] for layer, head, _ in ranked])
     names = [f"L{layer}H{head} {value:+.2f}" for layer, head, value in ranked]
     largest = float(change.abs().max()) or 1.0
-    return _heads(
-        strings(model, tokens), change, names, minValue=-largest, maxValue=largest, negativeColor=FALLS, positiveColor=RISES
+    caption = (
+        "What an update changes in attention within the query, update minus zero-shot: red where it falls, blue where it rises, "
+        f"full colour at {largest:.3g}. Heads by SimAM_Δ, the number behind their names: how alike their change of scores is to "
+        f"what {counted(len(demonstrations), 'demonstration')} in front change."
     )
+    colours = {"minValue": -largest, "maxValue": largest, "negativeColor": FALLS, "positiveColor": RISES}
+    return _heads(caption, strings(model, tokens), change, names, **colours)
 
 
 def rank_heads(icl: Activations, ft: Activations, zsl: Activations) -> list[tuple[int, int, float]]:
@@ -261,6 +270,10 @@ def _shares(weights: Float[Tensor, "query layer head token"]) -> Float[Tensor, "
     return torch.cat([shares.mean(dim=2, keepdim=True), shares], dim=2)
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
 def _about(model: HookedTransformer, query: Query, words: Sequence[str], predicted: int) -> dict[str, str | None]:
     return {
         "text": "".join(strings(model, query.tokens[1:])),
@@ -292,7 +305,7 @@ def _pattern(
     return tokens, found
 
 
-def _heads(tokens: list[str], patterns: Pattern, names: list[str], **colours: Any) -> View:
+def _heads(caption: str, tokens: list[str], patterns: Pattern, names: list[str], **colours: Any) -> View:
     attention = [[[float(f"{value:.3g}") for value in row] for row in head] for head in patterns.tolist()]
     # On a canvas, so the tokens are text, and not parsed.
-    return element("AttentionHeads", {"attention": attention, "tokens": tokens, "attentionHeadNames": names, **colours})
+    return element("AttentionHeads", {"attention": attention, "tokens": tokens, "attentionHeadNames": names, **colours}, caption)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,12 @@ def script_json(value: Any) -> str:
     return json_in_script(json.dumps(value, allow_nan=False))
 
 
-def element(name: str, properties: dict[str, Any]) -> View:
-    """Make a view of one of CircuitsVis's elements, such as `"AttentionHeads"`."""
+def element(name: str, properties: dict[str, Any], caption: str) -> View:
+    """Make a view of one of CircuitsVis's elements, such as `"AttentionHeads"`, below a line that says what it shows."""
     identity = _identity()
     call = f'CircuitsVis.render("{identity}", CircuitsVis.{name}, {script_json(properties)})'
-    return View(f'<div class="iclgd-view"><div id="{identity}"></div></div>\n<script>{call}</script>')
+    about = f'<p class="iclgd-about">{escape(caption)}</p>'
+    return View(f'<div class="iclgd-view">{about}<div id="{identity}"></div></div>\n<script>{call}</script>')
 
 
 def drawn_by(function: str, data: Any) -> View:
@@ -92,11 +94,11 @@ def drawn_by(function: str, data: Any) -> View:
 
 
 def page(title: str, body: str) -> str:
-    """Put a body into an HTML page. The title must not hold markup."""
+    """Put a body into an HTML page with a title, which is text."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from html import escape
 from itertools import count
 
 import pandas as pd
@@ -52,7 +53,24 @@ def draws(frame: pd.DataFrame, per: Sequence[str] = ("task",)) -> str:
     low, high = counts.min(), counts.max()
     number = str(low) if low == high else f"{low} to {high}"
     several = [column for column in per if frame[column].nunique() > 1]
-    return f"{number} draw{'s' if high > 1 else ''}{' per ' if several else ''}{' and '.join(several)}"
+    pooled = f" of k = {', '.join(map(str, sorted(frame['k'].unique())))}" if "k" not in per and varies_k(frame) else ""
+    return f"{number} draw{'s' if high > 1 else ''}{' per ' if several else ''}{' and '.join(several)}{pooled}"
+
+
+def varies_k(frame: pd.DataFrame) -> bool:
+    """Whether k is varied on purpose, as it is not where each draw has as many demonstrations as fit."""
+    return bool((frame.groupby(["task", "seed"])["k"].nunique() > 1).any())
+
+
+def shown_text(name: str, most: int = 72) -> str:
+    """A name from data as plotly shows it letter by letter: no tags, no formulas, and no longer than so many characters."""
+    short = name if len(name) <= most else f"{name[: most - most // 2 - 1]}…{name[-(most // 2) :]}"
+    return escape(short, quote=False).replace("$", "&#36;")
+
+
+def titled(title: str, note: str) -> str:
+    """A figure's title, and below it, smaller, what it is over."""
+    return f"{title}<br><span style='font-size:13px'>{note}</span>"
 
 
 def tick_step(largest: int, most: int = 6) -> int:
@@ -61,11 +79,12 @@ def tick_step(largest: int, most: int = 6) -> int:
 
 
 def grid(rows: Sequence[str], columns: Sequence[str], *, x_title: str, y_title: str, gap: float = 0.08) -> go.Figure:
-    """Panels: a row for every task, named where there are several."""
+    """Panels: a row for every task, named where there are several, by as many letters as there is room for."""
+    room = 72 // len(columns)
     return make_subplots(
         rows=len(rows),
         cols=len(columns),
-        subplot_titles=[f"{row}<br>{column}" if len(rows) > 1 else column for row in rows for column in columns],
+        subplot_titles=[f"{shown_text(row, room)}<br>{column}" if len(rows) > 1 else column for row in rows for column in columns],
         x_title=x_title,
         y_title=y_title,
         horizontal_spacing=gap,
@@ -79,9 +98,9 @@ def styled(figure: go.Figure, rows: int = 1) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         width=1000,
-        height=240 + 250 * rows,
+        height=250 + 250 * rows,
         title_font_size=16,
-        margin={"t": 110, "b": 110, "l": 80, "r": 60},
+        margin={"t": 120, "b": 110, "l": 80, "r": 60},
         legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0.5, "xanchor": "center"},
     )
     return figure

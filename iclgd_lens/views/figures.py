@@ -11,6 +11,7 @@ from plotly import graph_objects as go
 
 from iclgd_lens.files import remove_named
 from iclgd_lens.views.export import write_figure, write_pictures
+from iclgd_lens.views.figure_style import varies_k
 from iclgd_lens.views.kernel_plots import (
     HEAD_METRICS,
     head_figure,
@@ -90,7 +91,7 @@ def _drawable(frames: Mapping[str, pd.DataFrame]) -> dict[str, tuple[pd.DataFram
         "figure3": (layer_rows(frame), lambda: layer_figure(frame)),
         "figure4": (gradient_rows(gradients), lambda: gradient_figure(gradients)),
         "learning_rate": (rate_rows(curve), lambda: rate_figure(curve, rates)),
-        "accuracy_by_k": (k_rows(frame) if _varies_k(frame) else frame[:0], lambda: k_figure(frame)),
+        "accuracy_by_k": (k_rows(frame) if varies_k(frame) else frame[:0], lambda: k_figure(frame)),
         "trajectories": (trajectory_rows(frame), lambda: trajectory_figure(frame)),
         "smoothing": (smoothing_rows(frame), lambda: smoothing_figure(frame)),
         **{f"heads_{metric}": _of_heads(heads, metric) for metric in HEAD_METRICS},
@@ -99,8 +100,3 @@ def _drawable(frames: Mapping[str, pd.DataFrame]) -> dict[str, tuple[pd.DataFram
 
 def _of_heads(heads: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, Draw]:
     return head_rows(heads, metric), lambda: head_figure(heads, metric)
-
-
-def _varies_k(frame: pd.DataFrame) -> bool:
-    """Whether k is varied, as it is not where each draw has as many demonstrations as fit."""
-    return bool((frame.groupby(["task", "seed"])["k"].nunique() > 1).any())

@@ -13,7 +13,19 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from iclgd_lens.experiments.results import summarise
-from iclgd_lens.views.figure_style import COLOURS, DOTS, draws, error_bars, grid, rows_of, some, styled, tick_step
+from iclgd_lens.views.figure_style import (
+    COLOURS,
+    DOTS,
+    draws,
+    error_bars,
+    grid,
+    rows_of,
+    shown_text,
+    some,
+    styled,
+    tick_step,
+    titled,
+)
 from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES, RUN_NAMES
 
 SMOOTHING = {
@@ -69,7 +81,7 @@ def smoothing_figure(frame: pd.DataFrame) -> go.Figure:
     for column, (_, unit) in enumerate(SMOOTHING.values()):
         figure.update_yaxes(title_text=unit, col=column + 1)
     figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
-    figure.update_layout(title=f"λ and smoothing by layer (n = {draws(chosen)}, mean ± sd)", **BESIDE)
+    figure.update_layout(title=titled("λ and smoothing by layer", f"n = {draws(chosen)}, mean ± sd"), **BESIDE)
     return styled(figure, rows=len(tasks))
 
 
@@ -114,7 +126,7 @@ def head_figure(heads: pd.DataFrame, metric: str, method: str | None = None, mod
     figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["head"].max())), showgrid=False, zeroline=False)
     figure.update_yaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())), showgrid=False, zeroline=False)
     alone = "" if several[1] or models == ["trained"] else f", {models[0]}"
-    figure.update_layout(title=f"{shown.name}, by layer and head{alone} (mean over {draws(chosen)})")
+    figure.update_layout(title=titled(shown_text(shown.name), f"by layer and head{alone}, mean over {draws(chosen)}"))
     styled(figure, rows=len(rows))
     largest = summary["mean"].abs().max()
     figure.update_layout(
@@ -157,7 +169,7 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
         lines.add(group, name, "trained", row=tasks.index(task) + 1, column=models.index(model) + 1)
     figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
     figure.update_yaxes(rangemode="tozero", matches="y")
-    figure.update_layout(title=f"Gold label by the logit lens (n = {draws(chosen)}, mean ± sd)", **BESIDE)
+    figure.update_layout(title=titled("Gold label by the logit lens", f"n = {draws(chosen)}, mean ± sd"), **BESIDE)
     return styled(figure, rows=len(tasks))
 
 
@@ -177,7 +189,7 @@ def k_figure(frame: pd.DataFrame) -> go.Figure:
         lines.add(group, name, model, row=tasks.index(task) + 1, column=1)
     figure.update_xaxes(tickvals=sorted(chosen["k"].unique()))
     figure.update_yaxes(rangemode="tozero", matches="y")
-    figure.update_layout(title=f"Accuracy by k (n = {draws(chosen, per=('task', 'k'))}, mean ± sd)", **BESIDE)
+    figure.update_layout(title=titled("Accuracy by k", f"n = {draws(chosen, per=('task', 'k'))}, mean ± sd"), **BESIDE)
     styled(figure, rows=len(tasks))
     # Hung below the axis title, so that the margin grows with the legend's rows.
     return figure.update_layout(legend={"yref": "paper", "y": -0.22 / len(tasks), "yanchor": "top"}, margin_b=80)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,7 +18,6 @@ from iclgd_lens.experiments.paper import AVERAGES, GD_SIM_AOU_RANGE, PAPER, repo
 from iclgd_lens.experiments.protocol import Protocol
 from iclgd_lens.experiments.reproduce import Results
 from iclgd_lens.experiments.results import Estimate, paired_difference, summarise
-from iclgd_lens.files import remove_named
 from iclgd_lens.views.names import CONTROL_NAMES, METHOD_NAMES, METRIC_NAMES, RUN_NAMES, SUBSET_NAMES
 from iclgd_lens.views.sheets import P_VALUE, Column, Sheet
 
@@ -47,13 +45,6 @@ def paper_tables(results: Results, model_name: str) -> list[Sheet]:
         sheets.append(control_table(frame))
     claimed = claim_table(frame)
     return [*sheets, claimed] if len(claimed.numbers) else sheets
-
-
-def write_paper_tables(sheets: Sequence[Sheet], folder: Path) -> None:
-    """Write tables as Markdown, LaTeX and CSV, and remove those of an earlier run that this one does not have."""
-    remove_named(folder, TABLES)
-    for sheet in sheets:
-        sheet.write(folder)
 
 
 def brief(sheet: Sheet) -> Sheet:

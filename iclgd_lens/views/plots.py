@@ -6,12 +6,26 @@ standard deviations are over draws of demonstrations. GD is blue and LCGD vermil
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 from plotly import graph_objects as go
 
 from iclgd_lens.experiments.results import refuse_pooling, summarise
-from iclgd_lens.views.figure_style import COLOURS, DOTS, draws, error_bars, grid, rows_of, some, styled, tick_step
+from iclgd_lens.views.figure_style import (
+    COLOURS,
+    DOTS,
+    draws,
+    error_bars,
+    grid,
+    rows_of,
+    shown_text,
+    some,
+    styled,
+    tick_step,
+    titled,
+)
 from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES
 
 SIMILARITIES = ("sim_aou", "sim_am_delta")
@@ -25,16 +39,18 @@ def alpha_figure(frame: pd.DataFrame) -> go.Figure:
     """
     chosen = some(alpha_rows(frame), "α")
     summary = summarise(chosen, by=["task", "metric"])
+    tasks = list(chosen["task"].unique())
     figure = go.Figure()
     for metric, group in summary.groupby("metric", sort=False):
         figure.add_bar(
-            x=group["task"],
+            x=[tasks.index(task) for task in group["task"]],
             y=group["mean"],
             error_y=error_bars(group),
             name=METRIC_NAMES[str(metric)],
             marker_color=COLOURS[str(metric)],
         )
-    title = f"α: how alike the updates of LCGD and GD are (n = {draws(chosen)}, mean ± sd)"
+    figure.update_xaxes(tickvals=[*range(len(tasks))], ticktext=[shown_text(task, 72 // len(tasks)) for task in tasks])
+    title = titled("α: how alike the updates of LCGD and GD are", f"n = {draws(chosen)}, mean ± sd")
     figure.update_layout(title=title, yaxis_title="cosine, mean over layers", barmode="group")
     return styled(figure)
 
@@ -73,6 +89,7 @@ def layer_figure(frame: pd.DataFrame) -> go.Figure:
             figure.add_scatter(
                 x=group["layer"],
                 y=group["mean"],
+                error_y=error_bars(group),
                 mode="lines+markers",
                 line={"color": COLOURS[method], "dash": DOTS[twins.index(model) % len(DOTS)], "width": 1.5},
                 marker={"line": {"color": "white", "width": 1}},
@@ -82,7 +99,7 @@ def layer_figure(frame: pd.DataFrame) -> go.Figure:
                 **place,
             )
     figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
-    figure.update_layout(title=f"Similarity of updates to ICL by layer (n = {draws(chosen)}, mean ± sd)", barmode="group")
+    figure.update_layout(title=titled("Similarity of updates to ICL by layer", f"n = {draws(chosen)}, mean ± sd"), barmode="group")
     return styled(figure, rows=len(tasks))
 
 
@@ -96,7 +113,9 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
     refuse_pooling(chosen, ["task", "method"])
     tasks, methods = list(chosen["task"].unique()), [method for method in METHOD_NAMES if method in set(chosen["method"])]
     titles = [METHOD_NAMES[method] + (", log scale" if method == "lcgd" else "") for method in methods]
-    figure = grid(tasks, titles, x_title="demonstration", y_title="layer", gap=0.16)
+    several_epochs = "epochs" in chosen and (chosen["epochs"] > 1).any()
+    steps = "step: demonstrations, epoch by epoch" if several_epochs else "demonstration"
+    figure = grid(tasks, titles, x_title=steps, y_title="layer", gap=0.2)
     for keys, group in chosen.groupby(["task", "method"], sort=False):
         task, method = map(str, keys)
         row, column = tasks.index(task) + 1, methods.index(method) + 1
@@ -113,6 +132,7 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
             "y": sum(y_domain) / 2,
             "len": y_domain[1] - y_domain[0],
             "thickness": 12,
+            "title": {"text": "ℓ2 norm", "side": "right"},
         }
         if log and np.isfinite(shown).any():
             low, high = np.nanmin(shown), np.nanmax(shown)
@@ -132,8 +152,9 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
             row=row,
             col=column,
         )
+    figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["step"].max()), most=12))
     figure.update_yaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
-    figure.update_layout(title=f"ℓ2 norms of the gradients, mean over {draws(chosen)}")
+    figure.update_layout(title=titled("ℓ2 norms of the gradients", f"mean over {draws(chosen)}"))
     return styled(figure, rows=len(tasks))
 
 
@@ -154,7 +175,7 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
     tasks = list(chosen["task"].unique())
     titles = [METRIC_NAMES.get(metric, f"FT {metric}") for metric in metrics]
     in_legend: set[tuple[str, str]] = set()
-    figure = grid(tasks, titles, x_title="learning rate", y_title="")
+    figure = grid(tasks, titles, x_title="learning rate", y_title="", gap=0.12)
     for keys, group in summary.groupby(by[:-1], sort=False):
         task, metric, model, method = map(str, keys)
         trained = model == "trained"
@@ -171,17 +192,27 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
             **place,
         )
         in_legend.add((method, model))
-    for used in [] if rates is None else rates[rates["task"].isin(tasks)].to_dict("records"):
+    marked = [] if rates is None else rates[rates["task"].isin(tasks)].groupby(["task", "lr"])["method"].unique().items()
+    for (task, rate), used in marked:
+        # One line where both methods use the same rate, in the colour of neither.
+        colour = COLOURS[used[0]] if len(used) == 1 else "#666666"
         for column in range(len(metrics)):
-            figure.add_vline(
-                used["lr"],
-                line={"color": COLOURS[used["method"]], "dash": "dash", "width": 1},
-                row=tasks.index(used["task"]) + 1,
-                col=column + 1,
-            )
-    figure.update_xaxes(type="log", dtick=2, tickangle=0, exponentformat="power")
-    figure.update_layout(title=f"Similarity against learning rate (n = {draws(chosen)}, mean ± sd; dashed: in use)")
+            line = {"color": colour, "dash": "dash", "width": 1}
+            figure.add_vline(rate, line=line, row=tasks.index(task) + 1, col=column + 1)
+    figure.update_xaxes(type="log", tickangle=0, **_rate_ticks(sorted(chosen["lr"].unique())))
+    for column, metric in enumerate(metrics):
+        figure.update_yaxes(title_text="share of queries" if metric == "accuracy" else "cosine", title_standoff=4, col=column + 1)
+    note = f"n = {draws(chosen)}, mean ± sd, untrained: mean" + ("; dashed: rate in use" if marked else "")
+    figure.update_layout(title=titled("Similarity against learning rate", note))
     return styled(figure, rows=len(tasks))
+
+
+def _rate_ticks(rates: list[float]) -> dict[str, object]:
+    """Ticks at powers of ten, or at the rates themselves where these do not span two."""
+    decades = math.log10(rates[-1] / rates[0])
+    if decades < 2:
+        return {"tickvals": rates, "ticktext": [f"{rate:g}" for rate in rates]}
+    return {"dtick": 1 if decades < 5 else 2, "exponentformat": "power"}
 
 
 def alpha_rows(frame: pd.DataFrame) -> pd.DataFrame:

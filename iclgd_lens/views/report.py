@@ -14,9 +14,9 @@ from pathlib import Path
 from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from iclgd_lens.experiments.folder import RunFolder
+from iclgd_lens.experiments.folder import EXAMPLE, REPORT, SETTING, RunFolder, other_version
 from iclgd_lens.experiments.protocol import Protocol
-from iclgd_lens.experiments.reproduce import FRAMES, Results
+from iclgd_lens.experiments.reproduce import Results
 from iclgd_lens.experiments.results import EPISODE, summarise
 from iclgd_lens.files import write_text
 from iclgd_lens.views.attention import AttentionExample
@@ -27,11 +27,6 @@ from iclgd_lens.views.names import RUN_NAMES, counted, listed
 from iclgd_lens.views.paper_tables import paper_tables
 from iclgd_lens.views.sheets import Sheet
 from iclgd_lens.views.tables import comparison_tables, verdict
-
-EXAMPLE = "attention.json"
-"""The file of the example of attention in the folder of a run."""
-
-REPORT = "report.html"
 
 
 def write_report(run: RunFolder) -> Path:
@@ -67,7 +62,7 @@ def report(run: RunFolder) -> str:
         "<p>Everything that was set, with versions; the seeds make the same draws on every machine.</p>",
         f"<pre>{escape(json.dumps(run.setting, indent=2))}</pre>",
     ]
-    return page(f"iclgd_lens: {escape(tasks)} on {escape(name)}", "\n".join(parts))
+    return page(f"iclgd_lens: {tasks} on {name}", "\n".join(parts))
 
 
 def summary(run: RunFolder) -> Iterable[str]:
@@ -76,10 +71,11 @@ def summary(run: RunFolder) -> Iterable[str]:
     draws = len(frame[EPISODE].drop_duplicates())
     rates = frame[frame["lr"].notna()].groupby(["task", "method"], sort=False)["lr"].unique()
     each = "; ".join(f"{RUN_NAMES[method]} on {task} {listed(values)}" for (task, method), values in rates.items())
+    used = f" Learning rates: {each}." if each else ""
     shape = f"{model['n_layers']} layers of {model['n_heads']} heads, d_model {model['d_model']}, {model['dtype']}"
     yield (
         f"iclgd {run.setting['command']}: {counted(draws, 'draw')} of {listed(frame['k'])} demonstrations and "
-        f"{listed(frame['n_queries'])} queries, on {model['name']} ({shape}). Learning rates: {each}."
+        f"{listed(frame['n_queries'])} queries, on {model['name']} ({shape}).{used}"
     )
     accuracy = frame[(frame["metric"] == "accuracy") & (frame["model"] == "trained") & (frame["control"] == "none")]
     means = summarise(accuracy, by=["method"]).set_index("method")["mean"]
@@ -98,13 +94,15 @@ def sheets(run: RunFolder) -> list[Sheet]:
     """The tables of a run.
 
     Raises:
-        ValueError: If the folder lacks a frame, as one that another version wrote may.
+        ValueError: If the run's protocol is of another version.
     """
     frame = run.frames["frame"]
     if "protocol" in run.setting:
-        if missing := [name for name in FRAMES if name not in run.frames]:
-            raise ValueError(f"{run.path} has no {missing[0]}.parquet: another version wrote it; run its command again")
-        results = Results(Protocol.from_json(run.setting["protocol"]), **run.frames)
+        try:
+            protocol = Protocol.from_json(run.setting["protocol"])
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise other_version(run.path / SETTING, f"holds no protocol ({error})") from None
+        results = Results(protocol, **run.frames)
         found = paper_tables(results, run.setting["model"]["name"])
     else:
         found = comparison_tables(frame)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
-from iclgd_lens.files import write_text
+from iclgd_lens.files import remove_named, write_text
 
 LATEX_SIGNS = {
     "±": r"$\pm$",
@@ -152,3 +153,10 @@ class Sheet:
             write_text(path, text)
             paths.append(path)
         return paths
+
+
+def write_sheets(sheets: Iterable[Sheet], folder: Path, names: Iterable[str]) -> None:
+    """Write tables in all forms, and remove those of such names (`*` stands for anything) that an earlier run left."""
+    remove_named(folder, names)
+    for sheet in sheets:
+        sheet.write(folder)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import isnan
 from typing import Any
 
 import pandas as pd
 
 from iclgd_lens.experiments.results import EPISODE, Estimate, paired_difference, summarise
-from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES, RUN_NAMES
+from iclgd_lens.views.names import METHOD_NAMES, METRIC_NAMES, RUN_NAMES, counted
 from iclgd_lens.views.sheets import Column, Sheet
 
 CONDITIONS = {"trained": ("trained", "none"), "untrained": ("untrained", "none"), "random": ("trained", "random")}
@@ -96,40 +97,47 @@ def bundled_table(measured: pd.DataFrame) -> Sheet:
 
 
 def verdict(frame: pd.DataFrame, metric: str = "sim_aou") -> str:
-    """Say in one line what a metric's numbers show, and no more: LCGD against GD, and each against its untrained twin.
+    """Say in a few words what a metric's numbers show, and no more: LCGD against GD, and each against every untrained twin.
 
     Differences are paired by episode; their 95 % t-intervals decide the words.
     """
-    methods = [method for method in ("gd", "lcgd") if method in set(frame["method"])]
+    methods = [method for method in METHOD_NAMES if method in set(frame["method"])]
+    twins = [model for model in frame["model"].unique() if model != "trained"]
+    episodes = len(frame[EPISODE].drop_duplicates())
+
+    def between(a: dict[str, str], b: dict[str, str]) -> Estimate:
+        return paired_difference(frame, metric, a, b)
+
     parts = []
     if len(methods) == 2:
-        against_gd = [{"model": "trained", "method": method} for method in ("lcgd", "gd")]
-        parts.append(f"LCGD − GD {_difference(paired_difference(frame, metric, *against_gd))}")
-    exceeding = []
-    if has_twin := "untrained" in set(frame["model"]):
-        for method in methods:
-            twins = [{"model": model, "method": method} for model in ("trained", "untrained")]
-            difference = paired_difference(frame, metric, *twins)
-            parts.append(f"{METHOD_NAMES[method]} trained − untrained {_difference(difference)}")
-            if difference.low > 0:
-                exceeding.append(METHOD_NAMES[method])
-    episodes = len(frame[EPISODE].drop_duplicates())
-    numbers = f"{METRIC_NAMES[metric]} over {episodes} episode{'s' if episodes != 1 else ''}: {'; '.join(parts)}."
-    if not has_twin:
+        lcgd_gd = between({"model": "trained", "method": "lcgd"}, {"model": "trained", "method": "gd"})
+        parts.append(f"LCGD − GD {_difference(lcgd_gd, episodes)}")
+    against: dict[str, list[Estimate]] = {}
+    for method in methods:
+        against[method] = [between({"model": "trained", "method": method}, {"model": twin, "method": method}) for twin in twins]
+        for twin, found in zip(twins, against[method], strict=True):
+            parts.append(f"{METHOD_NAMES[method]} trained − {twin} {_difference(found, episodes)}")
+    numbers = f"{METRIC_NAMES[metric]} over {counted(episodes, 'episode')}: {'; '.join(parts)}."
+    if not twins:
         return f"{numbers} Without an untrained twin beside it, a similarity is no evidence that ICL is gradient descent."
-    if episodes == 1:
-        return f"{numbers} One episode says nothing about how sure these differences are."
-    who = " and ".join(exceeding) + f" measurably exceed{'s' if len(exceeding) == 1 else ''}"
+    if all(isnan(each.low) for found in against.values() for each in found):
+        few = "One episode says" if episodes == 1 else "So few episodes say"
+        return f"{numbers} {few} nothing about how sure these differences are."
+    exceeding = [METHOD_NAMES[method] for method, found in against.items() if all(each.low > 0 for each in found)]
+    who = f"{' and '.join(exceeding)} measurably exceed{'s' if len(exceeding) == 1 else ''}"
+    twin = "an untrained twin" if len(twins) == 1 else f"all {len(twins)} untrained twins"
     return (
-        f"{numbers} {who if exceeding else 'No method measurably exceeds'} an untrained twin; similarity that the twin reaches "
-        "too is no evidence that ICL is gradient descent."
+        f"{numbers} {who if exceeding else 'No method measurably exceeds'} {twin}; similarity that a twin reaches too is no "
+        "evidence that ICL is gradient descent."
     )
 
 
-def _difference(difference: Estimate) -> str:
-    if difference.low != difference.low:
-        return f"{difference.mean:+.3f} (no interval)"
-    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+def _difference(found: Estimate, episodes: int) -> str:
+    if found.draws == 0:
+        return "is not defined"
+    interval = "(no interval)" if isnan(found.low) else f"[{found.low:+.3f}, {found.high:+.3f}]"
+    fewer = "" if found.draws == episodes else f" in {found.draws} of them"
+    return f"{found.mean:+.3f} {interval}{fewer}".replace("-", "−")
 
 
 def _cells(summary: pd.DataFrame, key: Any, name: str) -> list[tuple[str, Any]]:

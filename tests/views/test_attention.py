@@ -90,11 +90,23 @@ def test_an_example_knows_its_texts(bundled, episode, example):
 def test_an_example_is_saved_and_loaded(example, tmp_path):
     example.save(tmp_path / "attention.json")
     loaded = AttentionExample.load(tmp_path / "attention.json")
-    assert (decoded(loaded) == decoded(example)).all()
+    assert loaded == example
     assert loaded.view().body.count("iclgdAttention") == 1
-    (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match=r"other\.json does not hold an attention example"):
-        AttentionExample.load(tmp_path / "other.json")
+    assert loaded._repr_html_().count("var CircuitsVis=") == 1
+    for other in ('{"a": 1}', '{"a": ', "[1]"):
+        (tmp_path / "other.json").write_text(other)
+        with pytest.raises(ValueError, match=r"other\.json does not hold an attention example"):
+            AttentionExample.load(tmp_path / "other.json")
+
+
+def test_patterns_and_changes_say_what_they_show(bundled, episode, updates):
+    query, behind = episode.queries[0], f"{len(episode.demonstrations)} demonstrations"
+    assert "Attention in layer 2, zero-shot." in attention_patterns(bundled, query, 2).body
+    in_context = attention_patterns(bundled, query, 1, demonstrations=episode.demonstrations, update=updates["gd"]).body
+    assert f"Attention in layer 1, behind {behind}, under an update." in in_context
+    changed = changed_heads(bundled, query, episode.demonstrations, updates["gd"]).body
+    assert "update minus zero-shot: red where it falls, blue where it rises" in changed
+    assert behind in changed
 
 
 def test_queries_that_are_not_there_are_refused(bundled, episode, updates):

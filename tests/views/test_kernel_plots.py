@@ -109,7 +109,7 @@ def test_smoothing_figure_names_its_units_and_draws(found: Comparison, tasks: tu
     units = [figure.get_subplot(row + 1, column + 1).yaxis.title.text for row in range(len(tasks)) for column in range(2)]
     assert units == ["share of attention", "share of the change"] * len(tasks)
     assert titles(figure)[-1] == "layer"
-    assert figure.layout.title.text.endswith(f"(n = 2 draws{' per task' if len(tasks) > 1 else ''}, mean ± sd)")
+    assert f">n = 2 draws{' per task' if len(tasks) > 1 else ''}, mean ± sd<" in figure.layout.title.text
 
 
 @pytest.mark.parametrize("model", ["trained", "untrained"])
@@ -187,7 +187,7 @@ def test_a_metric_of_one_s_own_is_drawn_under_its_name_and_undefined_heads_are_b
     own = found.heads[found.heads["metric"] == "sim_am"].assign(metric="mine")
     own.loc[(own["layer"] == 0) & (own["head"] == 1), "value"] = np.nan
     figure = head_figure(own, "mine")
-    assert figure.layout.title.text.startswith("mine, by layer and head")
+    assert figure.layout.title.text.startswith("mine<br>")
     assert all(np.isnan(trace.z).tolist() == [[False, True, False, False], *[[False] * 4] * 3] for trace in figure.data)
 
 

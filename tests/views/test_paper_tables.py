@@ -12,7 +12,8 @@ from iclgd_lens.experiments.compare import CONTROLS
 from iclgd_lens.experiments.paper import AVERAGES, PAPER
 from iclgd_lens.experiments.reproduce import Results
 from iclgd_lens.views.figures import figures, write_figures
-from iclgd_lens.views.paper_tables import brief, paper_tables, table1, table2, write_paper_tables
+from iclgd_lens.views.paper_tables import TABLES, brief, paper_tables, table1, table2
+from iclgd_lens.views.sheets import write_sheets
 
 TASKS = ("bundled/remapped", "bundled/natural")
 
@@ -135,7 +136,7 @@ def test_what_an_earlier_run_left_is_removed_and_nothing_else(results, tmp_path)
     (tmp_path / "mine.md").write_text("kept")
     for name in ("table1.md", "controls.csv"):
         (tmp_path / name).write_text("left")
-    write_paper_tables([table2(results.frame)], tmp_path)
+    write_sheets([table2(results.frame)], tmp_path, TABLES)
     names = {path.name for path in tmp_path.iterdir()}
     assert not names & {"table1.md", "controls.csv"}
     assert {"mine.md", "table2.md"} <= names

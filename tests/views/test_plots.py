@@ -11,7 +11,7 @@ from plotly import graph_objects as go
 
 from iclgd_lens import Comparison, compare, load_task
 from iclgd_lens.experiments.learning_rate import similarity_by_rate
-from iclgd_lens.views.figure_style import COLOURS, tick_step
+from iclgd_lens.views.figure_style import COLOURS, shown_text, tick_step
 from iclgd_lens.views.plots import SIMILARITIES, alpha_figure, gradient_figure, layer_figure, rate_figure
 
 TASKS = ("bundled/remapped", "bundled/natural")
@@ -24,6 +24,12 @@ RATES = (0.01, 0.1)
 )
 def test_ticks_are_few_and_on_round_numbers(largest, step):
     assert tick_step(largest) == step
+
+
+def test_names_are_shown_letter_by_letter_and_no_longer_than_there_is_room():
+    assert shown_text("a <b>task</b> & $x$") == "a &lt;b&gt;task&lt;/b&gt; &amp; &#36;x&#36;"
+    assert shown_text("bundled/remapped", 16) == "bundled/remapped"
+    assert shown_text("bundled/remapped", 9) == "bund…pped"
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +78,8 @@ def test_alpha_bars_are_means_over_draws_and_their_errors_sds(found: Comparison,
     assert [trace.name for trace in figure.data] == ["α of h", "α of m"]
     for trace, metric in zip(figure.data, ("alpha_aou", "alpha_am"), strict=True):
         assert (trace.type, trace.marker.color) == ("bar", COLOURS[metric])
-        assert list(trace.x) == list(tasks)
-        for task, height, error in zip(trace.x, trace.y, trace.error_y.array, strict=True):
+        assert [figure.layout.xaxis.ticktext[x] for x in trace.x] == list(tasks)
+        for task, height, error in zip(tasks, trace.y, trace.error_y.array, strict=True):
             assert (height, error) == pytest.approx(moments(frame, task=task, metric=metric, model="trained"), abs=1e-9)
     assert figure.layout.yaxis.title.text == "cosine, mean over layers"
     assert f"n = 3 draws{' per task' if len(tasks) > 1 else ''}," in figure.layout.title.text
@@ -222,6 +228,36 @@ def test_rates_in_use_are_marked_in_every_panel_of_their_task_and_method(curve: 
     expected = [(3 * TASKS.index(task) + panel, lr, COLOURS[m]) for (task, m), lr in used.items() for panel in range(3)]
     assert sorted(found) == sorted(expected)
     assert not rate_figure(curve).layout.shapes
+
+
+def test_one_rate_of_both_methods_is_marked_in_the_colour_of_neither(curve: pd.DataFrame):
+    rates = pd.DataFrame([{"task": TASKS[0], "method": method, "lr": 0.1} for method in ("gd", "lcgd")])
+    shapes = rate_figure(curve, rates).layout.shapes
+    assert len(shapes) == 3
+    assert not {shape.line.color for shape in shapes} & set(COLOURS.values())
+
+
+def test_rates_close_together_are_ticks_themselves(curve: pd.DataFrame):
+    narrow = rate_figure(curve.assign(lr=curve["lr"].map({lr: 0.02 + 0.01 * place for place, lr in enumerate(RATES)})))
+    assert list(narrow.layout.xaxis.ticktext) == [f"{0.02 + 0.01 * place:g}" for place in range(len(RATES))]
+    wide = rate_figure(pd.concat([curve, curve.assign(lr=curve["lr"] * 1000)]))
+    assert (wide.layout.xaxis.dtick, wide.layout.xaxis.ticktext) == (1, None)
+
+
+def test_axes_of_rate_curves_have_their_units(curve: pd.DataFrame):
+    figure = rate_figure(curve)
+    panels = [figure.get_subplot(1, column + 1).yaxis.title.text for column in range(3)]
+    assert panels == ["cosine", "cosine", "share of queries"]
+
+
+def test_several_k_in_one_mean_are_told(found: Comparison):
+    both = pd.concat([found.frame, found.frame.assign(k=6)])
+    assert "n = 6 draws per task of k = 3, 6, mean" in layer_figure(both).layout.title.text
+    assert "k =" not in layer_figure(found.frame).layout.title.text
+
+
+def test_steps_of_several_epochs_are_not_called_demonstrations(found: Comparison):
+    assert titles(gradient_figure(found.gradients.assign(epochs=2)))[-2].startswith("step")
 
 
 def test_a_rate_at_which_a_method_diverged_is_a_point_less(curve: pd.DataFrame):

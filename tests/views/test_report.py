@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from plotly.offline import get_plotlyjs
 
 from iclgd_lens import Protocol, attention_example, compare, gd, lcgd, load_task, reproduce, untrained_twin
 from iclgd_lens.experiments.comparison import Comparison
 from iclgd_lens.experiments.folder import RunFolder, write_frames, write_setting
+from iclgd_lens.views.circuits import in_script, page
+from iclgd_lens.views.figures import figures
 from iclgd_lens.views.report import EXAMPLE, sheets, summary, write_report
 from tests.pages import opened
 from tests.views.test_attention import MARKUP, with_markup
@@ -87,7 +90,7 @@ def test_a_run_of_a_protocol_has_the_papers_tables(bundled, tmp_path):
     assert "iclgd reproduce" in path.read_text()
     assert 'id="attention"' not in path.read_text()
     (tmp_path / "heads.parquet").unlink()
-    with pytest.raises(ValueError, match=r"has no heads\.parquet: another version wrote it"):
+    with pytest.raises(ValueError, match=r"heads\.parquet is missing: it is damaged, or another version wrote it"):
         write_report(RunFolder.read(tmp_path))
 
 
@@ -115,6 +118,38 @@ def test_the_page_is_drawn_offline(chromium, written, width):
         assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+OVERLAPS = """
+[...document.querySelectorAll('.js-plotly-plot')].flatMap((plot) => {
+  const whole = plot.getBoundingClientRect();
+  const texts = [...plot.querySelectorAll('.gtitle, .annotation-text, .legendtext, .ytitle')].map((text) => {
+    const box = text.getBoundingClientRect();
+    return { said: text.textContent, left: box.left, right: box.right, top: box.top + 1, bottom: box.bottom - 1 };
+  });
+  const outside = texts.filter((box) => box.left < whole.left || box.right > whole.right + 1);
+  const met = texts.filter((one, index) => texts.slice(index + 1).some((other) =>
+    one.left < other.right && other.left < one.right && one.top < other.bottom && other.top < one.bottom));
+  return [...outside, ...met].map((box) => box.said);
+})
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 700])
+def test_titles_lie_within_their_figures_and_apart(chromium, run, tmp_path, width):
+    """Of two tasks with names far too long, and two twins."""
+    frames = {}
+    for name, frame in run.frames.items():
+        frame = pd.concat([frame, frame[frame["model"] == "untrained"].assign(model="untrained, ln kept")])
+        frames[name] = pd.concat([frame.assign(task=f"{task} task whose name nobody thought about") for task in ("one", "other")])
+    frames["curve"] = pd.concat([frames["frame"].assign(lr=lr) for lr in (0.02, 0.1)])
+    written = {name: drawn.figure.update_layout(width=width - 60) for name, drawn in figures(frames).items()}
+    assert {"learning_rate", "trajectories", "heads_contribution_inner_kendall"} <= set(written)
+    bodies = [figure.to_html(include_plotlyjs=False, full_html=False) for figure in written.values()]
+    (tmp_path / "figures.html").write_text(page("figures", f"<script>{in_script(get_plotlyjs())}</script>{''.join(bodies)}"))
+    with opened(chromium, tmp_path / "figures.html", width) as shown:
+        shown.locator(".gtitle").nth(len(written) - 1).wait_for()
+        assert shown.evaluate(OVERLAPS) == []
+
+
 def test_markup_in_data_and_names_stays_text(chromium, run, folder, tmp_path):
     frames = {name: frame.assign(task=MARKUP) if "task" in frame else frame for name, frame in run.frames.items()}
     setting = json.loads(json.dumps(run.setting)) | {"note": MARKUP}
@@ -125,11 +160,14 @@ def test_markup_in_data_and_names_stays_text(chromium, run, folder, tmp_path):
 
     with_markup(AttentionExample.load(folder / EXAMPLE)).save(tmp_path / EXAMPLE)
     with opened(chromium, write_report(RunFolder.read(tmp_path))) as shown:
-        shown.wait_for_timeout(500)
+        shown.locator("#figure-figure2").scroll_into_view_if_needed()
+        shown.locator("#figure-figure2 .xtick").wait_for()
         assert shown.locator("h1").text_content().endswith(f"{MARKUP} on {MARKUP}")
         assert shown.title().endswith(f"{MARKUP} on {MARKUP}")
         assert MARKUP in json.loads(shown.locator("pre").text_content())["note"]
         assert shown.locator("img").count() == 0
+        assert shown.locator("#figure-figure2 .xtick").first.text_content().startswith(MARKUP[:30])
+        assert shown.locator(".figure svg a").count() == 0
         token = shown.locator("[data-method=ICL] .colored-tokens span span").first
         assert token.text_content().replace("\xa0", " ") == MARKUP
 

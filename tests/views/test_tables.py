@@ -75,6 +75,32 @@ def test_a_method_above_its_twin_on_average_only_is_not_named(frame: pd.DataFram
     assert "No method measurably exceeds" in verdict(spread)
 
 
+def test_every_twin_must_be_exceeded(frame: pd.DataFrame):
+    above = shifted(shifted(frame, 5, "gd"), 5, "lcgd")
+    as_good = above[above["model"] == "trained"].assign(model="untrained, ln kept")
+    text = verdict(pd.concat([above, as_good]))
+    assert "No method measurably exceeds all 2 untrained twins" in text
+    assert "GD trained − untrained, ln kept +0.000 [+0.000, +0.000]" in text
+    lower = as_good.assign(value=as_good["value"] - 3)
+    assert "GD and LCGD measurably exceed all 2 untrained twins" in verdict(pd.concat([above, lower]))
+
+
+def test_what_a_method_that_diverged_lacks_is_said(frame: pd.DataFrame):
+    lcgd = frame["method"] == "lcgd"
+    gone = verdict(frame[~(lcgd & (frame["model"] == "trained"))])
+    assert "LCGD − GD is not defined; " in gone
+    assert "LCGD trained − untrained is not defined." in gone
+    once = verdict(frame[~(lcgd & (frame["seed"] == 0))])
+    assert f" in {frame['seed'].nunique() - 1} of them; " in once
+
+
+def test_without_any_interval_nothing_is_claimed(frame: pd.DataFrame):
+    one = frame[frame["seed"] == 0]
+    text = verdict(pd.concat([one, one.assign(task="another")]))
+    assert "over 2 episodes" in text
+    assert "So few episodes say nothing about how sure these differences are." in text
+
+
 def test_the_verdict_of_one_episode_claims_nothing(frame: pd.DataFrame):
     text = verdict(frame[frame["seed"] == 0])
     assert "over 1 episode:" in text

@@ -1,7 +1,7 @@
 "use strict";
 /* What each token of the demonstrations weighs, for a query, a layer and a head that are chosen, in-context beside what updates
-   imply: one row per demonstration, one column per method, the tokens drawn by CircuitsVis. `data` is what
-   AttentionExample.payload makes. Text goes into the page as text; CircuitsVis takes tokens for HTML, so these are escaped. */
+   imply: one row per demonstration, one column per method, the tokens drawn by CircuitsVis. `data` holds the
+   fields of an AttentionExample. Text goes into the page as text; CircuitsVis takes tokens for HTML, so these are escaped. */
 window.iclgdAttention = function (root, data) {
   const made = (tag, parent, text, name) => {
     const element = document.createElement(tag);
