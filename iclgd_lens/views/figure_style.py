@@ -98,9 +98,9 @@ def styled(figure: go.Figure, rows: int = 1) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         width=1000,
-        height=250 + 250 * rows,
+        height=265 + 250 * rows,
         title_font_size=16,
-        margin={"t": 120, "b": 110, "l": 80, "r": 60},
+        margin={"t": 135, "b": 110, "l": 80, "r": 60},
         legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0.5, "xanchor": "center"},
     )
     return figure
