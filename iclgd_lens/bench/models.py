@@ -91,12 +91,23 @@ def build_model(
     """
     if shape != "bundled" and shape not in SHAPES:
         raise ValueError(f"model must be one of bundled, {', '.join(SHAPES)}; got {shape!r}")
-    place = parse_device(device)
     if shape == "bundled":
-        return load_model("bundled", device=place, dtype=dtype)
+        return load_model("bundled", device=device, dtype=dtype)
+    return make_model(SHAPES[shape], device=device, dtype=dtype, seed=seed)
+
+
+def make_model(
+    shape: dict[str, Any], *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> HookedTransformer:
+    """Make a model of a configuration, with random weights and without a tokenizer.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(HookedTransformerConfig(**SHAPES[shape], init_weights=False, device=place, dtype=dtype))
+        cfg = HookedTransformerConfig(**shape, init_weights=False, device=parse_device(device), dtype=dtype)
+        model = HookedTransformer(cfg)
     draw_weights(model, torch.Generator().manual_seed(seed))
     return model.eval()
 

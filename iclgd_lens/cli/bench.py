@@ -21,6 +21,9 @@ def bench(
     demonstration: Annotated[int, typer.Option(min=4, help="Tokens of a demonstration.")] = 28,
     queries: Annotated[int, typer.Option(min=1, help="Queries.")] = 64,
     query: Annotated[int, typer.Option(min=3, help="Tokens of a query.")] = 24,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Measure how cost and memory grow with the work, on a model of its own, and no job.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; by default its own choice.")] = None,
     device: Device = None,
     dtype: DType = "float32",
@@ -35,12 +38,15 @@ def bench(
             from iclgd_lens.bench.jobs import JOBS, Setting
             from iclgd_lens.bench.models import NEEDS_GPU, Sizes
             from iclgd_lens.bench.run import benchmark_table, run_benchmarks
-            from iclgd_lens.files import written_whole
+            from iclgd_lens.experiments.results import write_frame
             from iclgd_lens.models.loading import parse_device
         if threads is not None:
             torch.set_num_threads(threads)
         if model in NEEDS_GPU and parse_device(device) == "cpu":
             console.print(f"{model}: no GPU", markup=False)
+            return
+        if growth:
+            _growth(repeats, device, out)
             return
         sizes = Sizes(k=k, demonstration=demonstration, queries=queries, query=query)
         with console.status(Text(f"building {model}")) as status:
@@ -48,7 +54,19 @@ def bench(
             frame = run_benchmarks(
                 setting, job or tuple(JOBS), repeats=repeats, on_job=lambda name: status.update(Text(f"measuring {name}"))
             )
-        with written_whole(out) as partial:
-            frame.to_parquet(partial, index=False)
+        write_frame(frame, out)
     console.print(benchmark_table(frame).rich())
+    console.print(f"Results: {out}", soft_wrap=True, markup=False)
+
+
+def _growth(repeats: int, device: str | None, out: Path) -> None:
+    from iclgd_lens.bench.growth import graph_growth, graph_table, growth_table, measure_growth
+    from iclgd_lens.experiments.results import write_frame
+
+    with console.status("measuring") as status:
+        frame = measure_growth(repeats=repeats, device=device, on_axis=lambda name: status.update(Text(f"varying {name}")))
+        write_frame(frame, out)
+        graphs = graph_growth(device=device)
+    console.print(growth_table(frame).rich())
+    console.print(graph_table(graphs).rich())
     console.print(f"Results: {out}", soft_wrap=True, markup=False)

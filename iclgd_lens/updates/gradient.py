@@ -40,8 +40,8 @@ from iclgd_lens.models.readout import read_out
 from iclgd_lens.models.sites import HookSites, warn_if_processed
 from iclgd_lens.updates.backward import Gradients, Loss, layer_causal_gradients, output_gradients
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule, UpdateSettings
-from iclgd_lens.updates.inject import Parameter
-from iclgd_lens.updates.running import KINDS, RunningUpdate
+from iclgd_lens.updates.inject import PARAMETERS_OF, Parameter
+from iclgd_lens.updates.running import RunningUpdate
 
 
 class DivergedError(ValueError):
@@ -174,7 +174,7 @@ def _in_dual_form(
     numbers = torch.arange(len(demonstrations), device=device).repeat(settings.epochs)
     keys, values = (
         rearrange(running.errors[kind], "layer token (kv_head d_head) -> layer token kv_head d_head", kv_head=sites.n_kv_heads)
-        for kind in KINDS
+        for kind in PARAMETERS_OF
     )
     return ParameterUpdate(
         inputs=running.inputs,

@@ -7,7 +7,7 @@ all trained weights at every step, which costs more than the product itself. So 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,7 @@ from torch import Tensor
 from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.sites import HookSites, NamedHook
 from iclgd_lens.updates.backward import Gradients
-from iclgd_lens.updates.inject import Parameter
-
-KINDS = ("keys", "values")
+from iclgd_lens.updates.inject import PARAMETERS_OF, Kind, Parameter, add_bias, change_hooks
 
 
 class RunningUpdate:
@@ -43,12 +41,12 @@ class RunningUpdate:
         width = sites.n_kv_heads * cfg.d_head
         of: dict[str, Any] = {"dtype": wide_dtype(cfg.dtype), "device": cfg.device}
         self.inputs = torch.zeros(sites.n_layers, n_tokens, cfg.d_model, dtype=cfg.dtype, device=cfg.device)
-        self.errors = {kind: torch.zeros(sites.n_layers, n_tokens, width, **of) for kind in KINDS}
+        self.errors = {kind: torch.zeros(sites.n_layers, n_tokens, width, **of) for kind in PARAMETERS_OF}
         # In half precision the detour by the tokens would round twice.
         self._limit = cfg.d_model if cfg.dtype == wide_dtype(cfg.dtype) else 0
         self._recorded = self._active = self._summed = 0
         self._weights: dict[str, Float[Tensor, "layer d_model width"]] = {}
-        self._biases = {kind: torch.zeros(sites.n_layers, width, **of) for kind in KINDS if self._trained("b", kind)}
+        self._biases = {kind: torch.zeros(sites.n_layers, width, **of) for kind in PARAMETERS_OF if self._trained("b", kind)}
 
     def record(self, found: Gradients) -> Float[Tensor, "layer"]:
         """Take in a demonstration's tokens, without effect yet; return the gradient's norm per layer."""
@@ -57,7 +55,8 @@ class RunningUpdate:
         squares = torch.zeros_like(self.errors["keys"][:, 0, 0])
         for layer, inputs in enumerate(found.inputs):
             self.inputs[layer, tokens] = inputs
-            for kind, gradients in (("keys", found.keys), ("values", found.values)):
+            of: dict[Kind, Any] = {"keys": found.keys, "values": found.values}
+            for kind, gradients in of.items():
                 if gradients is None:
                     continue
                 flat = wide(rearrange(gradients[layer], "pos kv_head d_head -> pos (kv_head d_head)"))
@@ -79,37 +78,26 @@ class RunningUpdate:
 
     def hooks(self) -> list[NamedHook]:
         """The hooks that add what is in effect to every layer's keys and values, read when they run."""
-        hooks: list[NamedHook] = []
-        for layer in range(self.sites.n_layers):
-            seen: dict[str, Tensor] = {}
-            hooks.append((self.sites.projection_in[layer], _remember(seen)))
-            for names, kind in ((self.sites.keys, "keys"), (self.sites.values, "values")):
-                if self._trained("W", kind) or self._trained("b", kind):
-                    hooks.append((names[layer], self._add(layer, kind, seen)))
-        return hooks
+        return change_hooks(self.sites, self._changes)
 
-    def _add(self, layer: int, kind: str, seen: dict[str, Tensor]) -> Callable[..., Tensor]:
-        def add(projected: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> Float[Tensor, "batch pos kv_head d_head"]:
-            if not self._active:
-                return projected
+    def _changes(self, layer: int, x: Float[Tensor, "batch pos d_model"]) -> dict[Kind, Tensor]:
+        found: dict[Kind, Tensor] = {}
+        if not self._active:
+            return found
+        recent = slice(self._summed, self._active)
+        likeness = x @ self.inputs[layer, recent].T
+        for kind in PARAMETERS_OF:
             if self._trained("W", kind):
-                x = self.sites.project_from(layer, seen["input"])
+                found[kind] = likeness @ self.errors[kind][layer, recent].to(x.dtype)
                 if self._weights:
-                    projected = projected + (x @ self._weights[kind][layer].to(x.dtype)).view_as(projected)
-                if self._summed < self._active:
-                    tokens = slice(self._summed, self._active)
-                    if "likeness" not in seen:
-                        seen["likeness"] = x @ self.inputs[layer, tokens].T
-                    projected = projected + (seen["likeness"] @ self.errors[kind][layer, tokens]).view_as(projected)
+                    found[kind] = found[kind] + x @ self._weights[kind][layer].to(x.dtype)
             if kind in self._biases:
-                projected = projected + self._biases[kind][layer].to(projected.dtype).view(projected.shape[2:])
-            return projected
-
-        return add
+                found[kind] = add_bias(found.get(kind), self._biases[kind][layer], x)
+        return found
 
     def _sum_up(self) -> None:
         tokens = slice(self._summed, self._active)
-        for kind in KINDS:
+        for kind in PARAMETERS_OF:
             if not self._trained("W", kind):
                 continue
             if kind not in self._weights:
@@ -121,14 +109,6 @@ class RunningUpdate:
 
     def _trained(self, letter: str, kind: str) -> bool:
         return f"{letter}_{kind[0].upper()}" in self.parameters
-
-
-def _remember(seen: dict[str, Tensor]) -> Callable[..., None]:
-    def remember(projection_in: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-        seen.clear()
-        seen["input"] = projection_in
-
-    return remember
 
 
 def _squared_norm(inputs: Float[Tensor, "pos d_model"], gradients: Float[Tensor, "pos width"]) -> Float[Tensor, ""]:

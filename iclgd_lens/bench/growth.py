@@ -1,0 +1,214 @@
+"""How cost and memory grow with the work: times over a decade of every size, as fitted powers, and what a step's graph holds.
+
+Costs are measured on a model small enough for every point to take little time; a power says how a cost grows once it is large, so
+small overheads make fitted powers too low, and never too high.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from iclgd_lens.bench.models import Sizes, make_model, random_episode
+from iclgd_lens.bench.timing import fit_exponent
+from iclgd_lens.data.episodes import Episode
+from iclgd_lens.runs.capture import capture
+from iclgd_lens.updates.gradient import gd, lcgd
+from iclgd_lens.views.sheets import Column, Sheet
+
+SHAPE: dict[str, Any] = {
+    "n_layers": 4,
+    "d_model": 256,
+    "n_heads": 4,
+    "d_head": 64,
+    "n_ctx": 2048,
+    "d_vocab": 5000,
+    "act_fn": "gelu_new",
+    "normalization_type": "LN",
+}
+"""The model whose costs are measured, but for what is varied."""
+
+WORK: dict[str, Callable[[HookedTransformer, Episode], Any]] = {
+    "ICL capture": lambda model, episode: capture(model, episode.queries, context=episode.demonstrations),
+    "GD": lambda model, episode: gd(model, episode.demonstrations, lr=0.1),
+    "LCGD": lambda model, episode: lcgd(model, episode.demonstrations, lr=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A size that is varied over a decade.
+
+    Attributes:
+        name: What it is.
+        sizes: Its values.
+        works: Whose cost is measured, out of `WORK`.
+        of: The model's shape and the episode's sizes at a value.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    works: tuple[str, ...]
+    of: Callable[[int], tuple[dict[str, Any], Sizes]]
+
+
+_SIZES = Sizes(k=8, demonstration=24, queries=16, query=24)
+
+AXES = (
+    Axis("demonstrations", (6, 12, 24, 60), tuple(WORK), lambda n: (SHAPE, replace(_SIZES, k=n))),
+    Axis("queries", (16, 32, 64, 160), ("ICL capture",), lambda n: (SHAPE, replace(_SIZES, queries=n))),
+    Axis("layers", (2, 4, 8, 20), tuple(WORK), lambda n: (SHAPE | {"n_layers": n}, _SIZES)),
+    Axis("vocabulary", (5000, 10000, 20000, 50000), ("GD", "LCGD"), lambda n: (SHAPE | {"d_vocab": n}, _SIZES)),
+    Axis("tokens of a demonstration", (16, 32, 64, 160), tuple(WORK), lambda n: (SHAPE, replace(_SIZES, demonstration=n))),
+)
+
+
+@dataclass
+class GraphMemory:
+    """Bytes that autograd keeps for going back, other than weights; of a view, those that are seen through it.
+
+    Attributes:
+        now: How many there are.
+        peak: How many there were at most.
+    """
+
+    now: int = 0
+    peak: int = 0
+    _counts: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def take(self, tensor: Tensor) -> None:
+        """Count a tensor that is kept, once however often it is."""
+        key = tensor.data_ptr(), tensor.nbytes
+        self._counts[key] = self._counts.get(key, 0) + 1
+        if self._counts[key] == 1:
+            self.now += tensor.nbytes
+            self.peak = max(self.peak, self.now)
+
+    def drop(self, tensor: Tensor) -> None:
+        """Count a tensor that is no longer kept."""
+        key = tensor.data_ptr(), tensor.nbytes
+        self._counts[key] -= 1
+        if not self._counts[key]:
+            del self._counts[key]
+            self.now -= tensor.nbytes
+
+
+class _Kept:
+    """A tensor that autograd keeps, counted until it lets go."""
+
+    def __init__(self, tensor: Tensor, memory: GraphMemory) -> None:
+        self.tensor, self.memory = tensor, memory
+        memory.take(tensor)
+
+    def __del__(self) -> None:
+        self.memory.drop(self.tensor)
+
+
+@contextmanager
+def graph_memory(model: HookedTransformer) -> Iterator[GraphMemory]:
+    """Count, within a `with` block, what autograd keeps: exactly, on any device, whatever the allocator does."""
+    memory = GraphMemory()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor | _Kept:
+        return tensor if tensor.untyped_storage().data_ptr() in weights else _Kept(tensor, memory)
+
+    def unpack(kept: Tensor | _Kept) -> Tensor:
+        return kept.tensor if isinstance(kept, _Kept) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield memory
+
+
+def measure_growth(
+    axes: Sequence[Axis] = AXES, *, repeats: int = 3, device: str | None = None, on_axis: Callable[[str], None] | None = None
+) -> pd.DataFrame:
+    """Time works along axes.
+
+    Returns:
+        One row per axis and work: `sizes`, the median `seconds` at each, and the fitted `exponent` with its standard `error`.
+
+    Raises:
+        ValueError: If `repeats` is not positive.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    rows = []
+    for axis in axes:
+        if on_axis is not None:
+            on_axis(axis.name)
+        seconds: dict[str, list[float]] = {work: [] for work in axis.works}
+        for size in axis.sizes:
+            shape, sizes = axis.of(size)
+            model = make_model(shape, device=device)
+            episode = random_episode(model, sizes)
+            for work in axis.works:
+                seconds[work].append(_median_seconds(partial(WORK[work], model, episode), repeats, model))
+        for work, found in seconds.items():
+            exponent = fit_exponent(axis.sizes, found)
+            row = {"axis": axis.name, "work": work, "sizes": list(axis.sizes), "seconds": found}
+            rows.append(row | {"exponent": exponent.value, "error": exponent.error})
+    return pd.DataFrame(rows)
+
+
+def graph_growth(layers: Sequence[int] = (6, 12, 24), *, shape: dict[str, Any] = SHAPE, device: str | None = None) -> pd.DataFrame:
+    """What the graphs of GD and LCGD hold at most, in models of several depths.
+
+    Returns:
+        One row per method and depth: `method`, `layers`, `bytes`.
+    """
+    rows = []
+    for depth in layers:
+        model = make_model(shape | {"n_layers": depth}, device=device)
+        episode = random_episode(model, replace(_SIZES, k=2, queries=1))
+        for name, make in (("GD", gd), ("LCGD", lcgd)):
+            with graph_memory(model) as memory:
+                make(model, episode.demonstrations, lr=0.1)
+            rows.append({"method": name, "layers": depth, "bytes": memory.peak})
+    return pd.DataFrame(rows)
+
+
+def growth_table(frame: pd.DataFrame) -> Sheet:
+    """What `measure_growth` found, for people."""
+    numbers = frame.assign(
+        over=[f"{min(sizes)} to {max(sizes)}" for sizes in frame["sizes"]],
+        least=[min(seconds) for seconds in frame["seconds"]],
+        most=[max(seconds) for seconds in frame["seconds"]],
+    )
+    columns = (
+        *(Column(name, key) for name, key in (("size", "axis"), ("work", "work"), ("over", "over"))),
+        Column("seconds", "least", style=".3f"),
+        Column("to", "most", style=".3f"),
+        Column("grows with the power", "exponent", spread="error", style=".2f"),
+    )
+    return Sheet("growth", "How cost grows", numbers, columns, "A power of 1 is linear; ± its standard error.")
+
+
+def graph_table(frame: pd.DataFrame) -> Sheet:
+    """What `graph_growth` found, for people: a column per depth."""
+    wide = frame.pivot(index="method", columns="layers", values="bytes") / 2**20
+    wide.columns = [f"{layers} layers" for layers in wide.columns]
+    columns = (Column("method", "method"), *(Column(name, name, style=".2f") for name in wide.columns))
+    return Sheet("graph", "What the graph holds, MiB", wide.reset_index(), columns, "Without weights, at most at any one time.")
+
+
+def _median_seconds(work: Callable[[], Any], repeats: int, model: HookedTransformer) -> float:
+    found = []
+    work()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        if torch.device(model.cfg.device or "cpu").type == "cuda":
+            torch.cuda.synchronize(model.cfg.device)
+        found.append(time.perf_counter() - start)
+    return float(np.median(found))

@@ -1,0 +1,81 @@
+"""How cost grows is fitted to what was timed, and what graphs hold is counted exactly."""
+
+from __future__ import annotations
+
+import gc
+
+import pandas as pd
+import pytest
+import torch
+
+from iclgd_lens.bench import growth
+from iclgd_lens.bench.growth import AXES, SHAPE, Axis, graph_growth, graph_memory, graph_table, growth_table, measure_growth
+from iclgd_lens.bench.models import Sizes, make_model, random_episode
+
+SMALL = SHAPE | {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8, "d_vocab": 20}
+
+
+@pytest.fixture(scope="module")
+def held() -> pd.DataFrame:
+    return graph_growth((2, 4, 8), shape=SMALL, device="cpu")
+
+
+def test_lcgd_holds_one_block_whatever_the_depth_and_gd_all_of_them(held):
+    lcgd, gd = (held[held["method"] == method]["bytes"].tolist() for method in ("LCGD", "GD"))
+    assert len(set(lcgd)) == 1
+    per_layer = (gd[1] - gd[0]) / 2
+    assert gd[2] - gd[1] == 4 * per_layer > 0
+    # One block without what lies below its keys and values, but with the readout and the loss.
+    assert lcgd[0] < 2 * per_layer
+
+
+def test_every_depth_is_a_column(held):
+    assert graph_table(held).markdown().count("layers") == 3
+
+
+def test_graph_memory_is_what_autograd_keeps_and_gone_with_the_graph():
+    model = make_model(SMALL, device="cpu")
+    x = torch.ones(1000, requires_grad=True)
+    with graph_memory(model) as memory:
+        y = x.exp()  # keeps its result
+        z = (y * y).sum()  # keeps y twice: one storage
+    assert memory.now == memory.peak == 4000
+    z.backward()
+    del y, z
+    gc.collect()
+    assert (memory.now, memory.peak) == (0, 4000)
+    weight = model.unembed.W_U
+    with graph_memory(model) as memory:
+        kept = torch.ones(3, 16, requires_grad=True) @ weight
+    # The input, for the weight's gradient; and not the weight.
+    assert memory.peak == 3 * 16 * 4
+    assert kept.requires_grad
+
+
+def test_axes_span_a_decade_and_fit_their_models():
+    for axis in AXES:
+        assert max(axis.sizes) >= 9 * min(axis.sizes), axis.name
+        shape, sizes = axis.of(max(axis.sizes))
+        random_episode(make_model(shape | {"n_layers": 1, "d_model": 8, "n_heads": 1, "d_head": 8}, device="cpu"), sizes)
+
+
+def test_exponents_are_those_of_the_seconds(monkeypatch):
+    times = iter([1.0, 4.0, 16.0, *[1.0] * 4])
+    monkeypatch.setattr(growth, "_median_seconds", lambda *arguments: next(times))
+    axis = Axis("queries", (1, 2, 4), ("ICL capture",), lambda n: (SMALL, Sizes(k=2, demonstration=8, queries=n, query=6)))
+    begun: list[str] = []
+    later = Axis("layers", (1, 10), ("GD", "LCGD"), lambda n: (SMALL | {"n_layers": n}, Sizes(2, 8, 2, 6)))
+    row, *others = measure_growth([axis, later], repeats=1, device="cpu", on_axis=begun.append).to_dict("records")
+    assert [(other["axis"], other["work"]) for other in others] == [("layers", "GD"), ("layers", "LCGD")]
+    assert (row["axis"], row["work"], row["sizes"], row["seconds"]) == ("queries", "ICL capture", [1, 2, 4], [1.0, 4.0, 16.0])
+    assert (row["exponent"], begun) == (pytest.approx(2.0), ["queries", "layers"])
+
+
+def test_every_work_is_run_and_shown():
+    axis = Axis("layers", (1, 2), tuple(growth.WORK), lambda n: (SMALL | {"n_layers": n}, Sizes(2, 8, 2, 6)))
+    frame = measure_growth([axis], repeats=1, device="cpu")
+    assert (frame["seconds"].map(min) > 0).all()
+    shown = growth_table(frame).markdown()
+    assert all(work in shown for work in growth.WORK)
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        measure_growth([axis], repeats=0)
