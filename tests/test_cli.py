@@ -1,10 +1,14 @@
 """The command as a person runs it."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
+from transformer_lens import HookedTransformer
 from typer.testing import CliRunner
 
+from iclgd_lens import AttentionExample, load_task
 from iclgd_lens.cli import app
 
 
@@ -16,7 +20,18 @@ def small_demo(folder, *more: str):
     return run("demo", "--episodes", "2", "--k", "3", "--queries", "4", "--device", "cpu", "--out", str(folder), *more)
 
 
-def test_demo_prints_its_tables_and_writes_tidy_results(tmp_path):
+def assert_reported(folder: Path, model: HookedTransformer, words: str, seed: int = 0) -> None:
+    """The report begins with these words, and its example is of the first episode, of three demonstrations and four queries."""
+    page = (folder / "report.html").read_text()
+    assert f"<p>{words}" in page
+    assert 'id="attention"' in page
+    first = load_task("bundled/remapped").episode(model, k=3, n_queries=4, seed=seed)
+    example = AttentionExample.load(folder / "attention.json")
+    assert ["".join(tokens) for tokens in example.demonstrations] == [model.to_string(d.tokens[1:]) for d in first.demonstrations]
+    assert [query["text"] for query in example.queries] == [model.to_string(query.tokens[1:]) for query in first.queries]
+
+
+def test_demo_prints_its_tables_and_writes_tidy_results(bundled, tmp_path):
     result = small_demo(tmp_path / "out")
     assert result.exit_code == 0, result.output
     for expected in ("FT by LCGD", "SimAOU_norm", "SimAM, ZSL ref.", "α of h", "layer 3", "frame.parquet", "no evidence"):
@@ -24,6 +39,7 @@ def test_demo_prints_its_tables_and_writes_tidy_results(tmp_path):
     frame = pd.read_parquet(tmp_path / "out" / "frame.parquet")
     assert set(frame["seed"]) == {0, 1}
     assert not frame.duplicated(["seed", "model", "method", "control", "subset", "layer", "metric"]).any()
+    assert_reported(tmp_path / "out", bundled, "iclgd demo: 2 draws of 3 demonstrations and 4 queries, on bundled (")
 
 
 def test_demo_repeats_with_the_same_seed_and_changes_with_another(tmp_path):
@@ -57,10 +73,11 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_leaves_nothing_behind(tm
     assert not (tmp_path / "out").exists()
 
 
-def test_demo_trains_on_labels_when_asked(tmp_path):
+def test_demo_trains_on_labels_when_asked(bundled, tmp_path):
     assert small_demo(tmp_path, "--loss-on", "label", "--readout", "labels").exit_code == 0
     frame = pd.read_parquet(tmp_path / "frame.parquet")
     assert (frame["loss_on"].unique(), frame["readout"].unique()) == (["label"], ["labels"])
+    assert_reported(tmp_path, bundled, "iclgd demo: 2 draws")
 
 
 def test_train_bundled_writes_weights_and_prints_what_they_can_do(tmp_path):

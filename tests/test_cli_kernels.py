@@ -5,7 +5,7 @@ import pytest
 
 from iclgd_lens import load_task
 from iclgd_lens.data import registry
-from tests.test_cli import run
+from tests.test_cli import assert_reported, run
 
 
 def small(folder, *more: str):
@@ -33,7 +33,7 @@ def test_kernels_prints_its_tables_and_writes_them(tmp_path):
     assert (tables / "kernels_tangent.md").is_file()
 
 
-def test_episodes_have_seeds_of_their_own_and_the_rate_is_the_one_given(tmp_path):
+def test_episodes_have_seeds_of_their_own_and_the_rate_is_the_one_given(bundled, tmp_path):
     result = small(tmp_path / "out", "--episodes", "2", "--seed", "3", "--lr", "0.05", "--no-twins")
     assert result.exit_code == 0, result.output
     assert "2 episodes of 3 demonstrations and 4 queries, lr 0.05" in result.output
@@ -42,6 +42,7 @@ def test_episodes_have_seeds_of_their_own_and_the_rate_is_the_one_given(tmp_path
     assert set(frame["lr"].dropna()) == {0.05}
     values = frame[frame["metric"] == "demonstration_mass"].pivot(index="layer", columns="seed", values="value")
     assert (values[3] != values[4]).all()
+    assert_reported(tmp_path / "out", bundled, "iclgd kernels: 2 draws of 3 demonstrations and 4 queries, on bundled (", seed=3)
 
 
 def test_updates_that_diverge_are_named_and_everything_else_is_shown(tmp_path):
