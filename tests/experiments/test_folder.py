@@ -1,6 +1,7 @@
 """A run's folder holds its frames and what is needed to run it again."""
 
 import json
+import platform
 from importlib.metadata import version
 
 import pandas as pd
@@ -8,6 +9,9 @@ import pytest
 
 from iclgd_lens.experiments.comparison import COLUMNS, PARTS
 from iclgd_lens.experiments.folder import REPORT, SETTING, RunFolder, begin_run, write_frames, write_setting
+from iclgd_lens.models.fingerprint import fingerprint
+
+PACKAGES = ("iclgd-lens", "transformer-lens", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 FRAMES_WRITTEN = {
     name: pd.DataFrame([dict.fromkeys(["task", "k", "seed", "order", "n_queries", "model", *COLUMNS[name]], 1.5)]) for name in PARTS
@@ -28,8 +32,9 @@ def test_a_folder_is_read_as_it_was_written(bundled, written):
         pd.testing.assert_frame_equal(run.frames[name], frame)
     assert run.setting["model"]["name"] == "bundled"
     assert run.setting["model"]["n_layers"] == bundled.cfg.n_layers
+    assert (run.setting["model"]["fingerprint"], run.setting["model"]["dtype"]) == (fingerprint(bundled), "float32")
     assert (run.setting["command"], run.setting["seeds"]) == ("demo", [1, 2])
-    assert run.setting["versions"]["torch"] == version("torch")
+    assert run.setting["versions"] == {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     assert json.loads((written / SETTING).read_text()) == run.setting
 
 
@@ -79,4 +84,8 @@ def test_other_folders_are_refused(tmp_path):
         RunFolder.read(tmp_path)
     write_frames(tmp_path, {"frame": pd.DataFrame({"value": [1.0]})})
     with pytest.raises(FileNotFoundError, match=SETTING):
+        RunFolder.read(tmp_path)
+    (tmp_path / "frame.parquet").rename(tmp_path / "other.parquet")
+    (tmp_path / SETTING).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"it needs setting\.json and frame\.parquet"):
         RunFolder.read(tmp_path)

@@ -48,13 +48,24 @@ def test_frames_without_subsets_are_over_all_queries():
     assert_frame_equal(summarise(frame.drop(columns="subset")), summarise(frame))
 
 
-def test_values_of_updates_made_in_different_ways_are_never_averaged():
-    frame = pd.concat([rows({0: [0.1]}, lr=lr) for lr in (0.1, 1.0)])
-    with pytest.raises(ValueError, match=r"several values of lr \(0\.1, 1\.0\); choose one, or add 'lr' to `by`"):
+@pytest.mark.parametrize(
+    ("option", "values", "written"),
+    [
+        ("lr", (0.1, 1.0), r"0\.1, 1\.0"),
+        ("loss_on", ("label", "demonstration"), "demonstration, label"),
+        ("readout", ("vocab", "labels"), "labels, vocab"),
+        ("schedule", ("online", "batch"), "batch, online"),
+        ("epochs", (1, 2), "1, 2"),
+        ("parameters", ("W_K W_V", "W_V"), "W_K W_V, W_V"),
+    ],
+)
+def test_values_of_updates_made_in_different_ways_are_never_averaged(option, values, written):
+    frame = pd.concat([rows({0: [0.1]}, **{option: value}) for value in values])
+    with pytest.raises(ValueError, match=rf"several values of {option} \({written}\); choose one, or add '{option}' to `by`"):
         summarise(frame)
-    assert summarise(frame, by=["lr"])["mean"].tolist() == [0.1, 0.1]
+    assert summarise(frame, by=[option])["mean"].tolist() == [0.1, 0.1]
     condition = {"model": "trained", "method": "gd"}
-    with pytest.raises(ValueError, match="several values of lr"):
+    with pytest.raises(ValueError, match=f"several values of {option}"):
         paired_difference(frame, "sim_aou", condition, condition)
 
 
@@ -83,6 +94,24 @@ def test_paired_difference_pairs_by_episode():
     frame = pd.concat([gd, lcgd])
     found = paired_difference(frame, "sim_aou", condition | {"method": "lcgd"}, condition | {"method": "gd"})
     assert found == pytest.approx((0.5, 0.5, 0.5, 0.0, 3))
+
+
+def test_metrics_of_the_whole_model_are_paired_too():
+    sides = [rows({0: [a], 1: [b]}, method=method) for method, a, b in (("gd", 0.1, 0.3), ("lcgd", 0.2, 0.6))]
+    frame = pd.concat(sides).assign(layer=pd.array([pd.NA] * 4, dtype="Int64"))
+    lcgd, gd = ({"model": "trained", "method": method} for method in ("lcgd", "gd"))
+    found = paired_difference(frame, "sim_aou", lcgd, gd)
+    assert (found.mean, found.draws) == (pytest.approx(0.2), 2)
+
+
+@pytest.mark.parametrize("other", [{"control": "random"}, {"subset": "false_to_true"}])
+def test_differences_are_of_true_updates_over_all_queries_unless_told(other):
+    true = [rows({0: [0.1], 1: [0.2]}), rows({0: [0.4], 1: [0.6]}, method="lcgd")]
+    frame = pd.concat([*true, *(rows({0: [9.0], 1: [9.0]}, method=method, **other) for method in ("gd", "lcgd"))])
+    lcgd, gd = ({"model": "trained", "method": method} for method in ("lcgd", "gd"))
+    assert paired_difference(frame, "sim_aou", lcgd, gd).mean == pytest.approx(0.35)
+    assert paired_difference(frame, "sim_aou", lcgd | other, gd | other).mean == 0
+    assert paired_difference(frame, "sim_aou", lcgd | other, gd).mean == pytest.approx(8.85)
 
 
 def test_frames_are_written_whole(tmp_path):
