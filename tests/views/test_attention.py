@@ -14,6 +14,7 @@ import torch
 from iclgd_lens import (
     ATTENTION,
     AttentionExample,
+    Demonstration,
     Task,
     View,
     attention_example,
@@ -29,7 +30,7 @@ from iclgd_lens import (
     sim_am_delta,
     without_ends,
 )
-from iclgd_lens.views.attention import strings
+from iclgd_lens.views.attention import queries_within, strings
 from iclgd_lens.views.circuits import page, script_json
 from tests.models_zoo import make_model, make_queries
 from tests.pages import opened
@@ -87,6 +88,27 @@ def test_an_example_knows_its_texts(bundled, episode, example):
     assert example.queries[0]["gold"] in episode.label_words
 
 
+def test_predictions_are_told_from_gold_labels_and_what_has_no_name_from_what_has(bundled, episode, updates):
+    first, *others = episode.demonstrations
+    wrong = tuple(replace(query, label=1 - query.label) for query in episode.queries)
+    renamed = replace(episode, demonstrations=(replace(first, label=None), *others), queries=wrong)
+    found = attention_example(bundled, renamed, {"mine": updates["lcgd"]}, rows=[1, 4])
+    icl = capture(bundled, [wrong[row] for row in (1, 4)], context=episode.demonstrations)
+    words = [word.strip() for word in episode.label_words]
+    assert [query["predicted"] for query in found.queries] == [words[label] for label in icl.predictions.tolist()]
+    assert [query["gold"] for query in found.queries] == [words[wrong[row].label] for row in (1, 4)]
+    assert all(query["predicted"] != query["gold"] for query in found.queries)
+    assert found.labels == ("?", *(words[each.label] for each in others))
+    assert (found.methods, found.colours) == (("ICL", "mine"), ("#000000", "#666666"))
+
+
+def test_an_example_has_as_many_queries_as_its_size_allows(bundled, episode, example):
+    assert queries_within(bundled, episode, 2) == 8
+    assert queries_within(bundled, replace(episode, queries=episode.queries[:5]), 2) == 5
+    of_three = len(example.weights)
+    assert [queries_within(bundled, episode, 2, size=size) for size in (1, of_three - 4, of_three, 2 * of_three)] == [1, 2, 3, 6]
+
+
 def test_an_example_is_saved_and_loaded(example, tmp_path):
     example.save(tmp_path / "attention.json")
     loaded = AttentionExample.load(tmp_path / "attention.json")
@@ -140,6 +162,8 @@ def test_heads_are_ranked_by_sim_am_delta(bundled, episode, updates):
     assert len(ranked) == int((~expected.isnan()).sum())
     found = properties(changed_heads(bundled, query, episode.demonstrations, update, top=3))
     assert found["attentionHeadNames"] == [f"L{layer}H{head} {value:+.2f}" for layer, head, value in ranked[:3]]
+    assert (found["negativeColor"], found["positiveColor"]) == ("#D55E00", "#0072B2")
+    assert -found["minValue"] == found["maxValue"] == pytest.approx(np.abs(found["attention"]).max(), rel=6e-3)
     with torch.no_grad():
         _, before = bundled.run_with_cache(query.tokens[None])
         with update.attached(bundled):
@@ -153,6 +177,10 @@ def test_heads_are_ranked_by_sim_am_delta(bundled, episode, updates):
     ("call", "message"),
     [
         (lambda model, query: attention_patterns(model, query, 9), "there is no layer 9"),
+        (
+            lambda model, query: attention_patterns(model, query, 0, demonstrations=[Demonstration(query.tokens, 1)] * 40),
+            "longer than the model's context window of 160",
+        ),
         (lambda model, query: changed_heads(model, query, (), None, top=0), "top must be at least 1"),
     ],
 )
@@ -170,6 +198,15 @@ def test_a_model_without_a_tokenizer_shows_numbers():
 def test_json_in_a_script_cannot_end_it():
     assert "<" not in script_json({"a": MARKUP})
     assert json.loads(script_json({"a": MARKUP})) == {"a": MARKUP}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        script_json({"a": float("nan")})
+
+
+def test_a_view_has_all_that_it_needs_wherever_it_is_shown(example):
+    view = example.view()
+    assert view.local_src == view.cdn_src == view._repr_html_()
+    assert view.local_src.count("var CircuitsVis=") == 1
+    assert view.local_src.endswith(view.body)
 
 
 def with_markup(example: AttentionExample) -> AttentionExample:
@@ -185,8 +222,11 @@ def with_markup(example: AttentionExample) -> AttentionExample:
 
 
 def test_views_are_drawn_offline_and_switch(chromium, example, tmp_path):
-    path = example.view().save(tmp_path / "view.html")
+    asked = {"text": "Words: lion Label:", "predicted": "alpha", "gold": "beta"}
+    example = replace(example, queries=(example.queries[0], asked, example.queries[2]))
+    path = example.view().save(tmp_path / "view.html", title="weights of tokens")
     with opened(chromium, path) as shown:
+        assert shown.title() == "weights of tokens"
         cells = shown.locator(".iclgd-tokens")
         assert cells.count() == 3 * len(example.demonstrations)
         spans = cells.nth(1).locator(".colored-tokens span span")
@@ -203,17 +243,30 @@ def test_views_are_drawn_offline_and_switch(chromium, example, tmp_path):
             shown.wait_for_timeout(200)
             seen.append(colours())
             assert seen[-1] != seen[-2], name
-        assert shown.locator(".iclgd-about").text_content().startswith(example.queries[1]["text"].strip())
+        assert shown.locator(".iclgd-about").text_content() == "Words: lion Label: → in-context alpha, gold beta"
+        headings = shown.locator(".iclgd-head").all_text_contents()[1:]
+        told = [re.fullmatch(r"(\w+) darkest ([\d.]+)(?:, τ with ICL (\S+))?", heading).groups() for heading in headings]
+        scale, tau = (np.array(each, dtype=float).reshape(example.shape)[:, 1, 0, 2] for each in (example.scale, example.tau))
+        assert [method for method, _, _ in told] == ["ICL", "GD", "LCGD"]
+        assert [float(darkest) for _, darkest, _ in told] == pytest.approx(scale, abs=6e-4)
+        assert told[0][2] is None
+        assert [float(each) for _, _, each in told[1:]] == pytest.approx(tau[1:], abs=6e-3)
 
 
-def test_the_darkest_token_is_the_heaviest(chromium, example, tmp_path):
-    weights = decoded(example)[1, 0, -1, 0]
+def test_the_darkest_token_is_the_heaviest_and_has_its_method_s_full_colour(chromium, example, tmp_path):
     with opened(chromium, example.view().save(tmp_path / "view.html")) as shown:
-        brightness = shown.locator("[data-method=GD] .colored-tokens span span").evaluate_all(
-            "spans => spans.map(span => getComputedStyle(span).backgroundColor.match(/\\d+/g).reduce((sum, x) => sum + +x, 0))"
-        )
-    assert len(brightness) == len(weights)
-    assert int(np.argmin(brightness)) == int(np.argmax(weights))
+        colours = [
+            shown.locator(f"[data-method={method}] .colored-tokens span span").evaluate_all(
+                "spans => spans.map(span => getComputedStyle(span).backgroundColor.match(/\\d+/g).map(Number))"
+            )
+            for method in example.methods
+        ]
+    for method, full in enumerate(example.colours):
+        weights = decoded(example)[method, 0, -1, 0]
+        darkest = np.argmin(np.sum(colours[method], axis=-1))
+        assert len(colours[method]) == len(weights)
+        assert darkest == np.argmax(weights)
+        assert colours[method][darkest] == pytest.approx(list(bytes.fromhex(full[1:])), abs=4)
 
 
 @pytest.mark.parametrize("width", [1280, 700])
@@ -243,6 +296,14 @@ def test_several_views_stand_on_one_page(chromium, bundled, episode, updates, ex
         pixels = "canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data"
         assert all(shown.locator("canvas").evaluate_all(f"all => all.map(canvas => {pixels}.some(Boolean))"))
         assert shown.locator(".colored-tokens").count() == 3 * len(example.demonstrations)
+
+
+def test_the_library_runs_once_on_a_page_of_several_views(chromium, example, tmp_path):
+    path = tmp_path / "page.html"
+    views = [example.view()._repr_html_() for _ in range(2)]
+    path.write_text(page("views", "\n<script>var first = CircuitsVis</script>\n".join(views)))
+    with opened(chromium, path) as shown:
+        assert shown.evaluate("window.first === window.CircuitsVis")
 
 
 def test_demonstrations_with_markup_go_all_the_way(chromium, bundled, tmp_path):

@@ -29,7 +29,10 @@ def plain(bundled) -> dict[int, Comparison]:
 
 def test_kernel_views_add_figures_of_their_own(with_kernels, plain):
     assert set(figures(plain[2].frames)) == {*PAPER, "trajectories", *HEADS} - KERNEL_HEADS
-    assert set(figures(with_kernels.frames)) == {*PAPER, "trajectories", "smoothing", *HEADS}
+    drawn = figures(with_kernels.frames)
+    assert set(drawn) == {*PAPER, "trajectories", "smoothing", *HEADS}
+    for metric, shown in HEAD_METRICS.items():
+        assert drawn[f"heads_{metric}"].figure.layout.title.text.startswith(f"{shown.name}, by layer and head")
 
 
 def test_a_curve_of_learning_rates_is_drawn_where_there_is_one(bundled, tmp_path):
@@ -37,7 +40,10 @@ def test_a_curve_of_learning_rates_is_drawn_where_there_is_one(bundled, tmp_path
         tasks=("bundled/natural",), seeds=(0,), k=2, n_queries=4, orders=1, lr=0.1, twins=(), lr_curve=True, grid=(0.1, 0.3)
     )
     results = reproduce(bundled, protocol, tmp_path)
-    assert set(figures(results.frames)) == {*PAPER, "learning_rate", "trajectories", *HEADS} - KERNEL_HEADS
+    drawn = figures(results.frames)
+    assert set(drawn) == {*PAPER, "learning_rate", "trajectories", *HEADS} - KERNEL_HEADS
+    marked = drawn["learning_rate"].figure.layout.shapes
+    assert [shape.x0 for shape in marked] == [0.1] * 3 * len(protocol.methods)
 
 
 def test_accuracy_by_k_is_drawn_where_a_draw_has_several(plain):

@@ -109,6 +109,7 @@ def test_smoothing_figure_names_its_units_and_draws(found: Comparison, tasks: tu
     units = [figure.get_subplot(row + 1, column + 1).yaxis.title.text for row in range(len(tasks)) for column in range(2)]
     assert units == ["share of attention", "share of the change"] * len(tasks)
     assert titles(figure)[-1] == "layer"
+    assert {axis.dtick for axis in figure.select_xaxes()} == {1}
     assert f">n = 2 draws{' per task' if len(tasks) > 1 else ''}, mean ± sd<" in figure.layout.title.text
 
 
@@ -188,6 +189,7 @@ def test_a_metric_of_one_s_own_is_drawn_under_its_name_and_undefined_heads_are_b
     own.loc[(own["layer"] == 0) & (own["head"] == 1), "value"] = np.nan
     figure = head_figure(own, "mine")
     assert figure.layout.title.text.startswith("mine<br>")
+    assert figure.layout.plot_bgcolor == "#BBBBBB"
     assert all(np.isnan(trace.z).tolist() == [[False, True, False, False], *[[False] * 4] * 3] for trace in figure.data)
 
 
@@ -206,6 +208,7 @@ def test_trajectories_are_those_of_every_run_and_of_the_matched_iterates(found: 
         assert trace.line.color == COLOURS[series]
         seen.add((task, model, series))
     assert len(seen) == len(figure.data) == len(tasks) * 2 * 5
+    assert {axis.matches for axis in figure.select_yaxes()} == {"y"}
     legend = [trace.name for trace in figure.data if trace.showlegend]
     assert legend == ["ZSL", "ICL", "FT by GD", "FT by LCGD", "functional GD, tangent kernel"]
     panels = ["trained", "untrained"]
@@ -238,6 +241,11 @@ def test_accuracy_by_k_is_the_mean_over_draws_at_each_k(by_k: pd.DataFrame):
     legend = [trace.name for trace in figure.data if trace.showlegend]
     runs = ["ZSL", "ICL", "FT by GD", "FT by LCGD"]
     assert legend == [*runs, *(f"{run}, untrained" for run in runs)]
+    symbols = {trace.name: trace.marker.symbol for trace in figure.data}
+    assert len({symbols[run] for run in runs}) == 4
+    assert {name: symbols[f"{name}, untrained"] for name in runs} == {name: f"{symbols[name]}-open" for name in runs}
+    assert [trace.offsetgroup for trace in figure.data] == [trace.name for trace in figure.data]
+    assert figure.layout.scattermode == "group"
     assert titles(figure) == [*(f"{task}<br>accuracy" for task in TASKS), "demonstrations k", "share of queries"]
     assert list(figure.layout.xaxis.tickvals) == [2, 3, 4]
     assert "n = 2 draws per task and k," in figure.layout.title.text

@@ -221,6 +221,10 @@ def test_rate_curves_are_means_over_draws_by_rate(curve: pd.DataFrame, tasks: tu
     assert "accuracy" in panels[2]
 
 
+def test_rate_curves_run_from_small_rates_to_large(curve: pd.DataFrame):
+    assert all(list(trace.x) == list(RATES) for trace in rate_figure(curve[::-1]).data)
+
+
 def test_rates_in_use_are_marked_in_every_panel_of_their_task_and_method(curve: pd.DataFrame):
     used = {(TASKS[0], "gd"): 0.01, (TASKS[0], "lcgd"): 0.1, (TASKS[1], "gd"): 0.03}
     rates = pd.DataFrame([{"task": task, "method": method, "lr": lr} for (task, method), lr in used.items()])

@@ -55,8 +55,23 @@ def test_the_summary_quotes_the_frame(run):
     assert "FT by LCGD on bundled/remapped 0.1" in text
     assert f"ICL {right:.2f}" in text
     assert text.count("LCGD − GD") == 2
+    assert "SimAOU over 2 episodes: LCGD − GD" in text
+    assert "SimAM_Δ over 2 episodes: LCGD − GD" in text
     assert "LCGD trained − untrained" in text
     assert "Smoothing makes" in text
+
+
+def test_the_summary_is_about_true_updates(run):
+    frame = run.frames["frame"]
+    right = frame[(frame["metric"] == "accuracy") & frame["method"].isin(["gd", "lcgd"])]
+    more = pd.concat([frame, right.assign(control="random_weights", value=0.0)], ignore_index=True)
+    assert list(summary(replace(run, frames=run.frames | {"frame": more}))) == list(summary(run))
+
+
+def test_draws_of_several_tasks_are_counted_task_by_task(run):
+    frame = run.frames["frame"]
+    two = pd.concat([frame, frame.assign(task="other")], ignore_index=True)
+    assert next(iter(summary(replace(run, frames=run.frames | {"frame": two})))).startswith("iclgd kernels: 4 draws of 4 demon")
 
 
 def test_updates_that_diverged_are_named(run):
@@ -95,10 +110,11 @@ def test_a_run_of_a_protocol_has_the_papers_tables(bundled, tmp_path):
 
 
 @pytest.mark.parametrize("width", [1280, 700])
-def test_the_page_is_drawn_offline(chromium, written, width):
+def test_the_page_is_drawn_offline(chromium, run, written, width):
     with opened(chromium, written, width) as shown:
         figures = shown.locator(".figure")
         assert figures.count() == 12
+        assert shown.locator(".js-plotly-plot").count() < 12  # each is drawn when it comes near
         for number in range(figures.count()):
             figures.nth(number).scroll_into_view_if_needed()
             drawn = figures.nth(number).locator("svg.main-svg").first
@@ -106,6 +122,8 @@ def test_the_page_is_drawn_offline(chromium, written, width):
             assert drawn.locator("path, rect, image").count() > 3
             box = drawn.bounding_box()
             assert 0.8 * width < box["width"] <= width
+            height = figures.nth(number).evaluate("place => place.layout.height")
+            assert figures.nth(number).bounding_box()["height"] == box["height"] == height > 300
         assert shown.locator("table").count() == written.read_text().count("<thead>")
         assert shown.locator(".iclgd-tokens .colored-tokens").count() == 3 * 4
         before = shown.locator(".iclgd-table").inner_html()
@@ -116,6 +134,13 @@ def test_the_page_is_drawn_offline(chromium, written, width):
             assert after != before, name
             before = after
         assert shown.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert json.loads(shown.locator("pre").text_content()) == run.setting
+
+
+def test_all_figures_are_drawn_before_the_page_is_printed(chromium, written):
+    with opened(chromium, written) as shown:
+        shown.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert shown.locator(".figure.js-plotly-plot").count() == shown.locator(".figure").count() == 12
 
 
 OVERLAPS = """
@@ -164,7 +189,7 @@ def test_markup_in_data_and_names_stays_text(chromium, run, folder, tmp_path):
         shown.locator("#figure-figure2 .xtick").wait_for()
         assert shown.locator("h1").text_content().endswith(f"{MARKUP} on {MARKUP}")
         assert shown.title().endswith(f"{MARKUP} on {MARKUP}")
-        assert MARKUP in json.loads(shown.locator("pre").text_content())["note"]
+        assert json.loads(shown.locator("pre").text_content()) == setting
         assert shown.locator("img").count() == 0
         assert shown.locator("#figure-figure2 .xtick").first.text_content().startswith(MARKUP[:30])
         assert shown.locator(".figure svg a").count() == 0
@@ -172,7 +197,7 @@ def test_markup_in_data_and_names_stays_text(chromium, run, folder, tmp_path):
         assert token.text_content().replace("\xa0", " ") == MARKUP
 
 
-def test_a_large_run_stays_small_and_opens_fast(chromium, run, tmp_path):
+def test_a_large_run_stays_small_and_is_drawn_to_its_last_figure(chromium, run, tmp_path):
     """Six tasks, three draws, 24 layers of 16 heads, and an example of 900 tokens."""
     frame, gradients = run.frames["frame"], run.frames["gradients"]
     plain = frame[~frame["metric"].str.contains("tangent|proxy|hidden|contribution|coefficient|trajectory|cka|attention|label_a")]
@@ -183,7 +208,9 @@ def test_a_large_run_stays_small_and_opens_fast(chromium, run, tmp_path):
     deep = pd.concat([gradients[gradients["layer"] == 0].assign(layer=layer) for layer in range(24)])
     deep = pd.concat([deep.assign(task=f"task {task}") for task in range(6)])
     large = large[large["seed"] < 3].astype({"layer": "Int64"})
-    write_frames(tmp_path, {**run.frames, "frame": large, "gradients": deep})
+    corner = run.frames["heads"].query("layer == 0 and head == 0").drop(columns=["task", "layer", "head"])
+    place = pd.MultiIndex.from_product([large["task"].unique(), range(24), range(16)], names=["task", "layer", "head"])
+    write_frames(tmp_path, {**run.frames, "frame": large, "gradients": deep, "heads": corner.merge(place.to_frame(False), "cross")})
     (tmp_path / "setting.json").write_text(json.dumps(run.setting))
     from iclgd_lens import AttentionExample
 
