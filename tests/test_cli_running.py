@@ -39,7 +39,7 @@ def test_every_episode_stands_beside_a_twin_of_its_own_seed(bundled, done):
     assert_frame_equal(pd.read_parquet(out / "heads.parquet"), expected.heads)
 
 
-def test_episodes_that_were_done_are_kept_when_a_later_one_fails(bundled, monkeypatch, tmp_path):
+def test_episodes_that_were_done_are_kept_when_a_later_one_fails_and_no_report_of_an_earlier_run(bundled, monkeypatch, tmp_path):
     finished = []
 
     def second_fails(*arguments, **options):
@@ -49,10 +49,12 @@ def test_episodes_that_were_done_are_kept_when_a_later_one_fails(bundled, monkey
         return finished[0]
 
     monkeypatch.setattr(comparing, "compare", second_fails)
+    for left in ("setting.json", "attention.json", "report.html"):
+        (tmp_path / left).write_text("of the run before")
     with pytest.raises(RuntimeError, match="out of memory"):
         compare_episodes(bundled, TASK, tmp_path, seeds=(5, 6), twins=False, **SMALL)
     assert_frame_equal(pd.read_parquet(tmp_path / "frame.parquet"), finished[0].frame)
-    assert not (tmp_path / "setting.json").exists()
+    assert not {"setting.json", "attention.json", "report.html"} & {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("twins", [False, True])
