@@ -77,7 +77,7 @@ def reproduce(
     tuning_queries: Annotated[int, typer.Option(min=1, help="Queries of each held-out draw, at most.")] = 64,
     device: Device = None,
     dtype: DType = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="Queries that run at once.")] = 32,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Queries that run at once. By default as many as fit.")] = None,
     process_weights: Annotated[
         bool, typer.Option("--process-weights", help="Fold and centre the weights, which changes what gradient steps do.")
     ] = False,

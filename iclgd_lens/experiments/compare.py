@@ -85,7 +85,7 @@ def compare(
     epochs: int = 1,
     parameters: Sequence[Parameter] = ALL_PARAMETERS,
     kernels: bool = False,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     called: str = "trained",
     if_diverged: Literal["raise", "record"] = "raise",
     on_run: Callable[[], None] | None = None,
@@ -200,7 +200,7 @@ class Reference:
         episode: Episode,
         *,
         called: str = "trained",
-        batch_size: int = 32,
+        batch_size: int | None = None,
         on_run: Callable[[], None] | None = None,
     ) -> Reference:
         """Run the queries zero-shot and in-context; arguments as in `compare`."""

@@ -45,7 +45,7 @@ def search(
     methods: Sequence[Method] = ("gd", "lcgd"),
     grid: Sequence[float] = GRID,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     on_run: Callable[[], None] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
@@ -111,7 +111,7 @@ def similarity_by_rate(
     methods: Sequence[Method] = ("gd", "lcgd"),
     grid: Sequence[float] = GRID,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     called: str = "trained",
     on_run: Callable[[], None] | None = None,
     **options: Any,

@@ -78,7 +78,7 @@ def reproduce(
     out: str | Path,
     *,
     data: str | Path | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     on_total: Callable[[int], None] | None = None,
     on_runs: Callable[[int, str], None] | None = None,
 ) -> Results:
@@ -139,7 +139,7 @@ class _Run:
     protocol: Protocol
     folder: Path
     model_key: Mapping[str, Any]
-    batch_size: int
+    batch_size: int | None
     report: Callable[[int, str], None]
     draws: Mapping[str, list[Draw]]
     tuning: Mapping[str, list[Episode]]

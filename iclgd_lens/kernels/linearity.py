@@ -19,7 +19,7 @@ from iclgd_lens.data.prompts import Demonstration, Query
 from iclgd_lens.kernels.tangent import first_label_tokens
 from iclgd_lens.metrics.similarity import cosine
 from iclgd_lens.models.precision import wide, wide_dtype
-from iclgd_lens.models.readout import read_out
+from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook
 from iclgd_lens.runs.capture import batches_by_length
 from iclgd_lens.runs.prefix import Prefix
@@ -101,20 +101,21 @@ def own_layer_change(
         ValueError: If the update belongs to another model, or as `first_label_tokens`.
     """
     sites, firsts = HookSites.of(model), first_label_tokens(queries).to(model.cfg.device)
+    lens = LogitLens.of(model, firsts)
     change = torch.zeros(sites.n_layers, len(queries), len(firsts), dtype=wide_dtype(model.cfg.dtype), device=model.cfg.device)
     with torch.no_grad():
         for rows in batches_by_length([len(query.tokens) for query in queries], batch_size, sites.exchangeable_padding):
             prompts = [queries[row].tokens for row in rows.tolist()]
             streams: dict[int, Float[Tensor, "batch pos d_model"]] = {}
-            before = _label_logits(sites, prompts, firsts, streams)
-            change[:, rows] = _label_logits(sites, prompts, firsts, streams, update) - before
+            before = _label_logits(sites, prompts, lens, streams)
+            change[:, rows] = _label_logits(sites, prompts, lens, streams, update) - before
     return change
 
 
 def _label_logits(
     sites: HookSites,
     prompts: Sequence[Int[Tensor, "pos"]],
-    firsts: Int[Tensor, "label"],
+    lens: LogitLens,
     streams: dict[int, Tensor],
     update: ParameterUpdate | None = None,
 ) -> Float[Tensor, "layer batch label"]:
@@ -127,9 +128,7 @@ def _label_logits(
     hooks: list[NamedHook] = []
     for layer in range(sites.n_layers):
         hooks.append((sites.residual_in[layer], enter(layer)))
-        hooks.append(
-            (sites.residual_out[layer], lambda residual, hook: logits.append(wide(read_out(sites.model, residual[:, -1], firsts))))
-        )
+        hooks.append((sites.residual_out[layer], lambda residual, hook: logits.append(wide(lens(residual[:, -1])))))
     # On before the update's, so that the update reads a block's input as it is put back.
     with sites.attach(hooks), nullcontext() if update is None else update.attached(sites.model):
         Prefix.empty(sites.model).continue_with(prompts, [])

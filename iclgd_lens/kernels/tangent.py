@@ -37,11 +37,11 @@ from transformer_lens import HookedTransformer
 from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, Query
 from iclgd_lens.models.precision import wide, wide_dtype
-from iclgd_lens.models.readout import read_out
+from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook
 from iclgd_lens.runs.capture import batches_by_length
 from iclgd_lens.runs.prefix import Prefix
-from iclgd_lens.updates.backward import Recorder, loss_gradients
+from iclgd_lens.updates.backward import Recorder, pull_back
 from iclgd_lens.updates.dual import ALL_PARAMETERS, require_parameters
 from iclgd_lens.updates.inject import Parameter
 
@@ -119,7 +119,7 @@ def tangent_kernel(
     targets = torch.nn.functional.one_hot(_label_indices(demonstrations, len(firsts)), len(firsts))
     require_known_tokens([*demonstrations, *queries], model.cfg.d_vocab)
     trained = require_parameters(parameters)
-    reader = _Reader(sites, firsts.to(model.cfg.device), trained, batch_size)
+    reader = _Reader(sites, LogitLens.of(model, firsts.to(model.cfg.device)), trained, batch_size)
 
     n, shape = len(demonstrations), (len(firsts), len(firsts))
     empty = torch.zeros(0, dtype=wide_dtype(model.cfg.dtype), device=model.cfg.device)
@@ -182,8 +182,8 @@ def theta(a: LabelGradients, b: LabelGradients, trained: Sequence[Parameter]) ->
 class _Reader:
     """Runs prompts and takes the gradients of their label logits, layer by layer."""
 
-    def __init__(self, sites: HookSites, firsts: Int[Tensor, "label"], trained: tuple[Parameter, ...], batch_size: int) -> None:
-        self.sites, self.firsts, self.trained, self.batch_size = sites, firsts, trained, batch_size
+    def __init__(self, sites: HookSites, lens: LogitLens, trained: tuple[Parameter, ...], batch_size: int) -> None:
+        self.sites, self.lens, self.trained, self.batch_size = sites, lens, trained, batch_size
 
     def visit(
         self,
@@ -213,9 +213,8 @@ class _Reader:
         each: Callable[[int, Int[Tensor, "batch"], LabelGradients], None],
     ) -> Callable[..., Tensor]:
         def take(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
-            logits = wide(read_out(self.sites.model, residual[:, -1], self.firsts))
-            by_label = [loss_gradients(logit.sum(), recorder.outputs(), again=True) for logit in logits.unbind(dim=-1)]
-            recorder.forget_outputs()
+            logits, outputs = wide(self.lens(residual[:, -1])), recorder.take_outputs()
+            by_label = [pull_back(logit.sum(), outputs, again=True) for logit in logits.unbind(dim=-1)]
             kinds = [kind for kind in ("K", "V") if {f"W_{kind}", f"b_{kind}"} & set(self.trained)]
             gradients = {
                 kind: rearrange(wide(torch.stack(found)), "label prompt pos kv_head d_head -> prompt label pos (kv_head d_head)")

@@ -78,10 +78,29 @@ class Prefix:
         """A frozen view of the cache for a batch; no key or value is copied before attention joins them to its own."""
         if self.cache is None:
             return None
-        entries = [
-            TransformerLensKeyValueCacheEntry(
-                entry.past_keys.expand(batch, -1, -1, -1), entry.past_values.expand(batch, -1, -1, -1), frozen=True
-            )
+        entries: list[TransformerLensKeyValueCacheEntry] = [
+            _SharedEntry(entry.past_keys.expand(batch, -1, -1, -1), entry.past_values.expand(batch, -1, -1, -1), frozen=True)
             for entry in self.cache.entries
         ]
         return TransformerLensKeyValueCache(entries, self.cache.previous_attention_mask.expand(batch, -1), frozen=True)
+
+
+class _SharedEntry(TransformerLensKeyValueCacheEntry):
+    """The keys and values of one layer that a whole batch shares. Joined to the batch's own they lie head by head, as attention
+    multiplies them; position by position, they would be copied once more for every product.
+    """
+
+    def append(
+        self, new_keys: Float[Tensor, "batch pos kv_head d_head"], new_values: Float[Tensor, "batch pos kv_head d_head"]
+    ) -> tuple[Float[Tensor, "batch all_pos kv_head d_head"], Float[Tensor, "batch all_pos kv_head d_head"]]:
+        return _joined(self.past_keys, new_keys), _joined(self.past_values, new_values)
+
+
+def _joined(
+    past: Float[Tensor, "batch past kv_head d_head"], new: Float[Tensor, "batch pos kv_head d_head"]
+) -> Float[Tensor, "batch all_pos kv_head d_head"]:
+    batch, n_past, heads, d_head = past.shape
+    by_head = new.new_empty(batch, heads, n_past + new.shape[1], d_head)
+    by_head[:, :, :n_past] = past.transpose(1, 2)
+    by_head[:, :, n_past:] = new.transpose(1, 2)
+    return by_head.transpose(1, 2)

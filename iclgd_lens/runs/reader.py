@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iclgd_lens.data.prompts import ContextLayout
 from iclgd_lens.models.precision import wide, wide_dtype
-from iclgd_lens.models.readout import read_out
+from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook
 from iclgd_lens.runs.activations import Kept
 from iclgd_lens.runs.prefix import Prefix
@@ -58,6 +58,9 @@ class Reader:
         cfg, n, longest = sites.model.cfg, len(bodies), max(map(len, bodies))
         self.sites, self.prefix, self.bodies = sites, prefix, bodies
         self.label_tokens = tuple(tokens.to(cfg.device) for tokens in label_tokens)
+        self.output = LogitLens.of(sites.model)
+        if label_tokens:
+            self.lens = LogitLens.of(sites.model, torch.stack([tokens[0] for tokens in self.label_tokens]))
         # Behind no prefix, BOS is a token of the body, and none of the query.
         longest_query = longest - (prefix.length == 0)
         n_demonstrations = 0
@@ -131,7 +134,7 @@ class Reader:
         return log_probs.gather(-1, targets[..., None]).squeeze(-1).sum(-1)
 
     def _log_probs(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        return wide(read_out(self.sites.model, residual)).log_softmax(dim=-1)
+        return wide(self.output(residual)).log_softmax(dim=-1)
 
 
 class _Batch:
@@ -282,5 +285,4 @@ class _Batch:
         return check
 
     def _lens(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        first = torch.stack([tokens[0] for tokens in self.reader.label_tokens])
-        self.kept["lens_logits"][self.rows, layer] = read_out(self.sites.model, residual[:, -1].detach(), first)
+        self.kept["lens_logits"][self.rows, layer] = self.reader.lens(residual[:, -1].detach())

@@ -8,9 +8,9 @@ seen by weights already updated on 1 … j−1 (Deutch et al. 2024, section 3.1 
   unembedding and has its own loss, and the losses are summed (section 3.2). So layer ℓ's update depends on layers ≤ ℓ only,
   as the change that demonstrations make in-context does.
 
-No weight is touched, and no gradient of a weight is formed by autograd (`backward.py`). For LCGD the gradient of a block is taken
-inside the hook at its output and the block's graph dropped before the next one runs, so memory is one block's, whatever the
-depth.
+No weight is touched, and no gradient of a weight is formed by autograd (`backward.py`). For LCGD the gradients of a few blocks, or
+of one where demonstrations are long, are taken inside the hook at the last one's output, and their graph is dropped before the next
+one runs, so memory does not grow with depth.
 
 >>> from iclgd_lens.data.registry import load_task
 >>> from iclgd_lens.models.loading import load_model
@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -35,8 +34,7 @@ from transformer_lens import HookedTransformer
 from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
-from iclgd_lens.models.precision import wide
-from iclgd_lens.models.readout import read_out
+from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, warn_if_processed
 from iclgd_lens.updates.backward import Gradients, Loss, layer_causal_gradients, output_gradients
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule, UpdateSettings
@@ -121,6 +119,7 @@ def _descend(
     # Gradients are wanted whatever the caller's autograd mode: notebooks often switch it off.
     with torch.inference_mode(False), torch.no_grad():
         columns = _check(model, demonstrations, settings, label_tokens)
+        lens = LogitLens.of(model, columns)
         warn_if_processed(model)
         lengths = [len(demonstration.tokens) for demonstration in demonstrations] * settings.epochs
         running = RunningUpdate(sites, settings.parameters, sum(lengths), settings.lr)
@@ -129,7 +128,7 @@ def _descend(
         for _ in range(settings.epochs):
             for number, demonstration in enumerate(demonstrations):
                 tokens = demonstration.tokens.to(model.cfg.device, copy=True)
-                loss = _loss(model, tokens, demonstration.n_label_tokens, settings, columns)
+                loss = _loss(lens, tokens, demonstration.n_label_tokens, settings, columns)
                 with torch.enable_grad():
                     found = gradients_of(sites, tokens, running.hooks(), loss, settings.parameters)
                 norms.append(running.record(found))
@@ -143,7 +142,7 @@ def _descend(
 
 
 def _loss(
-    model: HookedTransformer,
+    lens: LogitLens,
     tokens: Int[Tensor, "pos"],
     n_label_tokens: int,
     settings: UpdateSettings,
@@ -154,11 +153,7 @@ def _loss(
     targets = tokens[-n_predicted:]
     if columns is not None:
         targets = torch.searchsorted(columns, targets)
-
-    def of_rows(residual: Float[Tensor, "pos d_model"]) -> Float[Tensor, ""]:
-        return F.cross_entropy(wide(read_out(model, residual, columns)), targets)
-
-    return Loss(of_rows, slice(len(tokens) - n_predicted - 1, len(tokens) - 1))
+    return Loss(lens, slice(len(tokens) - n_predicted - 1, len(tokens) - 1), targets)
 
 
 def _in_dual_form(

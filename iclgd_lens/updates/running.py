@@ -52,19 +52,18 @@ class RunningUpdate:
         """Take in a demonstration's tokens, without effect yet; return the gradient's norm per layer."""
         start, self._recorded = self._recorded, self._recorded + len(found.inputs[0])
         tokens = slice(start, self._recorded)
+        torch.stack(found.inputs, out=self.inputs[:, tokens])
         squares = torch.zeros_like(self.errors["keys"][:, 0, 0])
-        for layer, inputs in enumerate(found.inputs):
-            self.inputs[layer, tokens] = inputs
-            of: dict[Kind, Any] = {"keys": found.keys, "values": found.values}
-            for kind, gradients in of.items():
-                if gradients is None:
-                    continue
-                flat = wide(rearrange(gradients[layer], "pos kv_head d_head -> pos (kv_head d_head)"))
-                torch.mul(flat, -self.lr, out=self.errors[kind][layer, tokens])
-                if self._trained("W", kind):
-                    squares[layer] += _squared_norm(wide(inputs), flat)
-                if self._trained("b", kind):
-                    squares[layer] += flat.sum(dim=0).square().sum()
+        of: dict[Kind, Any] = {"keys": found.keys, "values": found.values}
+        for kind, gradients in of.items():
+            if gradients is None:
+                continue
+            flat = wide(rearrange(gradients, "layer pos kv_head d_head -> layer pos (kv_head d_head)"))
+            torch.mul(flat, -self.lr, out=self.errors[kind][:, tokens])
+            if self._trained("W", kind):
+                squares += _squared_norms(wide(self.inputs[:, tokens]), flat)
+            if self._trained("b", kind):
+                squares += flat.sum(dim=1).square().sum(dim=-1)
         return squares.sqrt()
 
     def apply(self) -> None:
@@ -111,8 +110,10 @@ class RunningUpdate:
         return f"{letter}_{kind[0].upper()}" in self.parameters
 
 
-def _squared_norm(inputs: Float[Tensor, "pos d_model"], gradients: Float[Tensor, "pos width"]) -> Float[Tensor, ""]:
+def _squared_norms(
+    inputs: Float[Tensor, "layer pos d_model"], gradients: Float[Tensor, "layer pos width"]
+) -> Float[Tensor, "layer"]:
     """‖Σᵢ xᵢ ⊗ gᵢ‖² = Σᵢⱼ ⟨xᵢ, xⱼ⟩⟨gᵢ, gⱼ⟩, without forming the sum; its terms cancel, hence in float64 where there is one."""
     if inputs.device.type != "mps":
         inputs, gradients = inputs.double(), gradients.double()
-    return ((inputs @ inputs.T) * (gradients @ gradients.T)).sum().clamp_min(0.0)
+    return ((inputs @ inputs.mT) * (gradients @ gradients.mT)).sum(dim=(1, 2)).clamp_min(0.0)

@@ -11,22 +11,23 @@ import torch
 from iclgd_lens.bench import growth
 from iclgd_lens.bench.growth import AXES, SHAPE, Axis, graph_growth, graph_memory, graph_table, growth_table, measure_growth
 from iclgd_lens.bench.models import Sizes, make_model, random_episode
+from iclgd_lens.updates.backward import BLOCKS_AT_ONCE
 
 SMALL = SHAPE | {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8, "d_vocab": 20}
 
 
 @pytest.fixture(scope="module")
 def held() -> pd.DataFrame:
-    return graph_growth((2, 4, 8), shape=SMALL, device="cpu")
+    return graph_growth((4, 8, 16), shape=SMALL, device="cpu")
 
 
-def test_lcgd_holds_one_block_whatever_the_depth_and_gd_all_of_them(held):
+def test_lcgd_holds_few_blocks_whatever_the_depth_and_gd_all_of_them(held):
     lcgd, gd = (held[held["method"] == method]["bytes"].tolist() for method in ("LCGD", "GD"))
     assert len(set(lcgd)) == 1
-    per_layer = (gd[1] - gd[0]) / 2
-    assert gd[2] - gd[1] == 4 * per_layer > 0
-    # One block without what lies below its keys and values, but with the readout and the loss.
-    assert lcgd[0] < 2 * per_layer
+    per_layer = (gd[1] - gd[0]) / 4
+    assert gd[2] - gd[1] == 8 * per_layer > 0
+    # Without what lies below their keys and values, but with the norm before the readout.
+    assert lcgd[0] < (BLOCKS_AT_ONCE + 1) * per_layer
 
 
 def test_every_depth_is_a_column(held):

@@ -48,3 +48,15 @@ def test_a_hook_that_stops_gradients_stops_them_in_label_losses(place):
     with model.hooks(fwd_hooks=stops):
         stopped = lcgd(model, demonstrations, lr=0.3, **LABELS)
     assert relative_error(stopped.value_errors[:, :5], plain.value_errors[:, :5]) > 1e-2
+
+
+@pytest.mark.parametrize(("blocks", "rows"), [(1, 128), (2, 128), (8, 128), (8, 1), (2, 8)])
+@pytest.mark.parametrize("options", [{}, LABELS])
+def test_how_many_blocks_are_read_out_at_once_changes_nothing(blocks, rows, options, monkeypatch):
+    model, demonstrations = make_model(n_layers=5), make_demonstrations(3, max_text=12)
+    expected = lcgd(model, demonstrations, lr=0.3, **options)
+    monkeypatch.setattr("iclgd_lens.updates.backward.BLOCKS_AT_ONCE", blocks)
+    monkeypatch.setattr("iclgd_lens.updates.backward.ROWS_AT_ONCE", rows)
+    found = lcgd(model, demonstrations, lr=0.3, **options)
+    assert relative_error(found.value_errors, expected.value_errors) < 1e-5
+    assert relative_error(found.losses, expected.losses) < 1e-6
