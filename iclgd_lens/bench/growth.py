@@ -7,18 +7,17 @@ small overheads make fitted powers too low, and never too high.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from iclgd_lens.bench.memory import allocated_peak, graph_memory
 from iclgd_lens.bench.models import Sizes, make_model, random_episode
 from iclgd_lens.bench.timing import fit_exponent
 from iclgd_lens.data.episodes import Episode
@@ -73,63 +72,6 @@ AXES = (
 )
 
 
-@dataclass
-class GraphMemory:
-    """Bytes that autograd keeps for going back, other than weights; of a view, those that are seen through it.
-
-    Attributes:
-        now: How many there are.
-        peak: How many there were at most.
-    """
-
-    now: int = 0
-    peak: int = 0
-    _counts: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def take(self, tensor: Tensor) -> None:
-        """Count a tensor that is kept, once however often it is."""
-        key = tensor.data_ptr(), tensor.nbytes
-        self._counts[key] = self._counts.get(key, 0) + 1
-        if self._counts[key] == 1:
-            self.now += tensor.nbytes
-            self.peak = max(self.peak, self.now)
-
-    def drop(self, tensor: Tensor) -> None:
-        """Count a tensor that is no longer kept."""
-        key = tensor.data_ptr(), tensor.nbytes
-        self._counts[key] -= 1
-        if not self._counts[key]:
-            del self._counts[key]
-            self.now -= tensor.nbytes
-
-
-class _Kept:
-    """A tensor that autograd keeps, counted until it lets go."""
-
-    def __init__(self, tensor: Tensor, memory: GraphMemory) -> None:
-        self.tensor, self.memory = tensor, memory
-        memory.take(tensor)
-
-    def __del__(self) -> None:
-        self.memory.drop(self.tensor)
-
-
-@contextmanager
-def graph_memory(model: HookedTransformer) -> Iterator[GraphMemory]:
-    """Count, within a `with` block, what autograd keeps: exactly, on any device, whatever the allocator does."""
-    memory = GraphMemory()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor | _Kept:
-        return tensor if tensor.untyped_storage().data_ptr() in weights else _Kept(tensor, memory)
-
-    def unpack(kept: Tensor | _Kept) -> Tensor:
-        return kept.tensor if isinstance(kept, _Kept) else kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield memory
-
-
 def measure_growth(
     axes: Sequence[Axis] = AXES, *, repeats: int = 3, device: str | None = None, on_axis: Callable[[str], None] | None = None
 ) -> pd.DataFrame:
@@ -178,6 +120,22 @@ def graph_growth(layers: Sequence[int] = (6, 12, 24), *, shape: dict[str, Any] =
     return pd.DataFrame(rows)
 
 
+def capture_growth(
+    queries: Sequence[int] = (16, 32, 64, 160), *, shape: dict[str, Any] = SHAPE, sizes: Sizes = _SIZES, device: str | None = None
+) -> pd.DataFrame:
+    """What in-context captures of several numbers of queries allocate at most, and how much of it they keep.
+
+    Returns:
+        One row per number of queries: `queries`, `kept` and `peak` in bytes.
+    """
+    model, rows = make_model(shape, device=device), []
+    for n in queries:
+        episode = random_episode(model, replace(sizes, queries=n))
+        run, peak = allocated_peak(partial(capture, model, episode.queries, context=episode.demonstrations), model.cfg.device)
+        rows.append({"queries": n, "kept": sum(tensor.nbytes for tensor in run.kept.values()), "peak": peak})
+    return pd.DataFrame(rows)
+
+
 def growth_table(frame: pd.DataFrame) -> Sheet:
     """What `measure_growth` found, for people."""
     numbers = frame.assign(
@@ -200,6 +158,13 @@ def graph_table(frame: pd.DataFrame) -> Sheet:
     wide.columns = [f"{layers} layers" for layers in wide.columns]
     columns = (Column("method", "method"), *(Column(name, name, style=".2f") for name in wide.columns))
     return Sheet("graph", "What the graph holds, MiB", wide.reset_index(), columns, "Without weights, at most at any one time.")
+
+
+def capture_table(frame: pd.DataFrame) -> Sheet:
+    """What `capture_growth` found, for people."""
+    numbers = frame.assign(kept=frame["kept"] / 2**20, peak=frame["peak"] / 2**20)
+    columns = (Column("queries", "queries"), Column("kept", "kept", style=".2f"), Column("peak", "peak", style=".2f"))
+    return Sheet("capture", "What a capture allocates, MiB", numbers, columns, "The peak is all that is held at any one time.")
 
 
 def _median_seconds(work: Callable[[], Any], repeats: int, model: HookedTransformer) -> float:

@@ -60,13 +60,15 @@ def bench(
 
 
 def _growth(repeats: int, device: str | None, out: Path) -> None:
-    from iclgd_lens.bench.growth import graph_growth, graph_table, growth_table, measure_growth
+    from iclgd_lens.bench.growth import capture_growth, capture_table, graph_growth, graph_table, growth_table, measure_growth
     from iclgd_lens.experiments.results import write_frame
 
     with console.status("measuring") as status:
         frame = measure_growth(repeats=repeats, device=device, on_axis=lambda name: status.update(Text(f"varying {name}")))
         write_frame(frame, out)
-        graphs = graph_growth(device=device)
+        status.update("counting bytes")
+        graphs, captures = graph_growth(device=device), capture_growth(device=device)
     console.print(growth_table(frame).rich())
     console.print(graph_table(graphs).rich())
+    console.print(capture_table(captures).rich())
     console.print(f"Results: {out}", soft_wrap=True, markup=False)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import gc
-
 import pandas as pd
 import pytest
-import torch
 
 from iclgd_lens.bench import growth
-from iclgd_lens.bench.growth import AXES, SHAPE, Axis, graph_growth, graph_memory, graph_table, growth_table, measure_growth
+from iclgd_lens.bench.growth import (
+    AXES,
+    SHAPE,
+    Axis,
+    capture_growth,
+    capture_table,
+    graph_growth,
+    graph_table,
+    growth_table,
+    measure_growth,
+)
 from iclgd_lens.bench.models import Sizes, make_model, random_episode
 from iclgd_lens.updates.backward import BLOCKS_AT_ONCE
 
@@ -34,23 +41,15 @@ def test_every_depth_is_a_column(held):
     assert graph_table(held).markdown().count("layers") == 3
 
 
-def test_graph_memory_is_what_autograd_keeps_and_gone_with_the_graph():
-    model = make_model(SMALL, device="cpu")
-    x = torch.ones(1000, requires_grad=True)
-    with graph_memory(model) as memory:
-        y = x.exp()  # keeps its result
-        z = (y * y).sum()  # keeps y twice: one storage
-    assert memory.now == memory.peak == 4000
-    z.backward()
-    del y, z
-    gc.collect()
-    assert (memory.now, memory.peak) == (0, 4000)
-    weight = model.unembed.W_U
-    with graph_memory(model) as memory:
-        kept = torch.ones(3, 16, requires_grad=True) @ weight
-    # The input, for the weight's gradient; and not the weight.
-    assert memory.peak == 3 * 16 * 4
-    assert kept.requires_grad
+def test_a_capture_allocates_what_it_keeps_and_a_batch(monkeypatch):
+    monkeypatch.setattr("iclgd_lens.runs.capture.WORKING_BYTES_ON_CPU", 2**20)
+    sizes = Sizes(k=2, demonstration=8, query=12)
+    frame = capture_growth((300, 600, 1200), shape=SMALL, sizes=sizes, device="cpu")
+    assert frame["kept"].tolist() == [frame["kept"].iloc[0] * n for n in (1, 2, 4)]
+    beside = frame["peak"] - frame["kept"]
+    assert 2**18 < beside.min() <= beside.max() < 2**21
+    assert beside.max() - beside.min() < 0.2 * beside.min()
+    assert capture_table(frame).markdown().count("1200") == 1
 
 
 def test_axes_span_a_decade_and_fit_their_models():
