@@ -35,9 +35,9 @@ def bench(
         with console.status("loading torch and TransformerLens"):
             import torch
 
-            from iclgd_lens.bench.jobs import JOBS, Setting
-            from iclgd_lens.bench.models import NEEDS_GPU, Sizes
-            from iclgd_lens.bench.run import benchmark_table, run_benchmarks
+            from iclgd_lens.benchmarks.jobs import JOBS, Setting
+            from iclgd_lens.benchmarks.models import NEEDS_GPU, Sizes
+            from iclgd_lens.benchmarks.run import benchmark_table, run_benchmarks
             from iclgd_lens.experiments.results import write_frame
             from iclgd_lens.models.loading import parse_device
         if threads is not None:
@@ -60,7 +60,7 @@ def bench(
 
 
 def _growth(repeats: int, device: str | None, out: Path) -> None:
-    from iclgd_lens.bench.growth import capture_growth, capture_table, graph_growth, graph_table, growth_table, measure_growth
+    from iclgd_lens.benchmarks.growth import capture_growth, capture_table, graph_growth, graph_table, growth_table, measure_growth
     from iclgd_lens.experiments.results import write_frame
 
     with console.status("measuring") as status:

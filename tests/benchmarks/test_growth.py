@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from iclgd_lens.bench import growth
-from iclgd_lens.bench.growth import (
+from iclgd_lens.benchmarks import growth
+from iclgd_lens.benchmarks.growth import (
     AXES,
     SHAPE,
     Axis,
@@ -17,7 +17,7 @@ from iclgd_lens.bench.growth import (
     growth_table,
     measure_growth,
 )
-from iclgd_lens.bench.models import Sizes, make_model, random_episode
+from iclgd_lens.benchmarks.models import Sizes, make_model, random_episode
 from iclgd_lens.updates.backward import BLOCKS_AT_ONCE
 
 SMALL = SHAPE | {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8, "d_vocab": 20}

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from iclgd_lens.bench.floors import Products, Step, forward_passes, in_turn, layerwise_passes, output_passes
-from iclgd_lens.bench.models import Sizes, build_model, random_episode
-from iclgd_lens.bench.naive import PARAMETERS, naive_capture, naive_compare, naive_update, parameter
+from iclgd_lens.benchmarks.floors import Products, Step, forward_passes, in_turn, layerwise_passes, output_passes
+from iclgd_lens.benchmarks.models import Sizes, build_model, random_episode
+from iclgd_lens.benchmarks.naive import PARAMETERS, naive_capture, naive_compare, naive_update, parameter
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.experiments.compare import compare

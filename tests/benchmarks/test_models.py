@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from iclgd_lens.bench import models
-from iclgd_lens.bench.models import SHAPES, Sizes, build_model, random_episode
+from iclgd_lens.benchmarks import models
+from iclgd_lens.benchmarks.models import SHAPES, Sizes, build_model, random_episode
 from tests.models_zoo import make_model
 
 SMALL = Sizes(k=3, demonstration=8, queries=4, query=8)

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from iclgd_lens.bench import floors
-from iclgd_lens.bench.floors import Products, layerwise_passes, output_passes
-from iclgd_lens.bench.jobs import JOBS, Setting, relative_error
-from iclgd_lens.bench.models import Sizes
+from iclgd_lens.benchmarks import floors
+from iclgd_lens.benchmarks.floors import Products, layerwise_passes, output_passes
+from iclgd_lens.benchmarks.jobs import JOBS, Setting, relative_error
+from iclgd_lens.benchmarks.models import Sizes
 from tests.models_zoo import make_demonstrations, make_model
 
 SIZES = Sizes(k=3, demonstration=8, queries=4, query=6)
@@ -45,7 +45,9 @@ def test_everything_that_is_timed_runs(name, bundled_setting):
 def test_a_wrong_result_is_seen(monkeypatch):
     setting = small("three_layers")
     assert JOBS["gd"].prepare(setting).error() < 1e-4
-    monkeypatch.setattr("iclgd_lens.bench.jobs.gd", lambda model, demonstrations, lr: actual(model, demonstrations, lr=1.01 * lr))
+    monkeypatch.setattr(
+        "iclgd_lens.benchmarks.jobs.gd", lambda model, demonstrations, lr: actual(model, demonstrations, lr=1.01 * lr)
+    )
     from iclgd_lens import gd as actual
 
     assert JOBS["gd"].prepare(setting).error() > 1e-3

@@ -1,7 +1,7 @@
 """Running benchmarks: the results checked, then timed, as a tidy frame and a table.
 
->>> from iclgd_lens.bench.jobs import Setting
->>> from iclgd_lens.bench.models import Sizes
+>>> from iclgd_lens.benchmarks.jobs import Setting
+>>> from iclgd_lens.benchmarks.models import Sizes
 >>> setting = Setting.named("bundled", Sizes(k=4, demonstration=8, queries=4, query=6), device="cpu")
 >>> frame = run_benchmarks(setting, ["ft-capture"], repeats=1)
 >>> bool(frame["error"].iloc[0] < 1e-4)
@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from iclgd_lens.bench.jobs import JOBS, Job, Setting
-from iclgd_lens.bench.timing import time_pair
+from iclgd_lens.benchmarks.jobs import JOBS, Job, Setting
+from iclgd_lens.benchmarks.timing import time_pair
 from iclgd_lens.views.sheets import Column, Sheet
 
 TOLERANCE = {64: 1e-8, 32: 1e-4, 16: 0.1}

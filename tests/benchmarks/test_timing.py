@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from iclgd_lens.bench import timing
-from iclgd_lens.bench.timing import fit_exponent, time_pair
+from iclgd_lens.benchmarks import timing
+from iclgd_lens.benchmarks.timing import fit_exponent, time_pair
 
 
 def test_both_run_in_turns_and_the_first_to_run_changes():

@@ -6,9 +6,9 @@ import gc
 
 import torch
 
-from iclgd_lens.bench.growth import SHAPE
-from iclgd_lens.bench.memory import allocated_peak, graph_memory
-from iclgd_lens.bench.models import make_model
+from iclgd_lens.benchmarks.growth import SHAPE
+from iclgd_lens.benchmarks.memory import allocated_peak, graph_memory
+from iclgd_lens.benchmarks.models import make_model
 
 SMALL = SHAPE | {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_head": 8, "d_vocab": 20}
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from iclgd_lens.bench.naive import PARAMETERS, naive_capture, naive_compare, naive_update, parameter
+from iclgd_lens.benchmarks.naive import PARAMETERS, naive_capture, naive_compare, naive_update, parameter
 from tests import reference
 from tests.models_zoo import ZOO, label_tokens, make_demonstrations, make_model, make_queries
 from tests.reference import reference_capture, reference_update, relative_error

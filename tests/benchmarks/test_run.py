@@ -5,10 +5,10 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from iclgd_lens.bench import run as bench_run
-from iclgd_lens.bench.jobs import JOBS, Setting
-from iclgd_lens.bench.models import Sizes
-from iclgd_lens.bench.run import DisagreementError, benchmark_table, run_benchmarks
+from iclgd_lens.benchmarks import run as bench_run
+from iclgd_lens.benchmarks.jobs import JOBS, Setting
+from iclgd_lens.benchmarks.models import Sizes
+from iclgd_lens.benchmarks.run import DisagreementError, benchmark_table, run_benchmarks
 from tests.models_zoo import make_model
 from tests.test_cli import run
 
