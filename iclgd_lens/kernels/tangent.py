@@ -221,7 +221,7 @@ class _Reader:
                 for kind, found in zip(kinds, zip(*by_label, strict=True), strict=True)
             }
             with torch.no_grad():
-                each(layer, rows, LabelGradients(logits.detach(), wide(recorder.inputs.pop(layer)), gradients))
+                each(layer, rows, LabelGradients(logits.detach(), wide(recorder.take_inputs(layer)), gradients))
             return residual.detach()
 
         return take

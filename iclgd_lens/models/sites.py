@@ -33,6 +33,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from iclgd_lens.models.feed_forward import FeedForward
+
 NamedHook = tuple[str, Callable[..., Any]]
 """A hook name and the function to run there, as `model.run_with_hooks` takes them."""
 
@@ -133,21 +135,23 @@ class HookSites:
         """Where a block's residual stream is read between its attention and its feed-forward part, where one follows the other."""
         return tuple(f"blocks.{layer}.hook_resid_mid" for layer in range(self.n_layers))
 
-    def feeds_forward_plainly(self, layer: int) -> bool:
-        """Whether a block's feed-forward part follows its attention, treats positions apart, and has no hook on it."""
+    def feed_forward(self, layer: int) -> FeedForward | None:
+        """A block's feed-forward part, if it follows attention, treats positions apart, and has no norm behind it or hook on it."""
         cfg, block = self.model.cfg, self.model.blocks[layer]
-        if cfg.attn_only or cfg.parallel_attn_mlp or cfg.num_experts is not None:
-            return False
-        names = ("ln2", "mlp", "ln2_post", "hook_mlp_in", "hook_mlp_out", "hook_resid_post")
+        if cfg.attn_only or cfg.parallel_attn_mlp or cfg.num_experts is not None or cfg.load_in_4bit:
+            return None
+        if cfg.use_normalization_before_and_after or cfg.original_architecture in _POST_NORM_ARCHITECTURES:
+            return None
+        names = ("ln2", "mlp", "hook_mlp_in", "hook_mlp_out", "hook_resid_post")
         parts = [getattr(block, name) for name in names if hasattr(block, name)]
         modules = [module for part in parts for module in part.modules()]
-        return not any(each._forward_hooks or each._forward_pre_hooks or each._backward_hooks for each in modules)
-
-    def feed_forward(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Run the feed-forward part of a block, where it is plain: from `residual_between[layer]` to the block's output."""
-        block: Any = self.model.blocks[layer]
-        after = self.model.cfg.original_architecture in _POST_NORM_ARCHITECTURES
-        return residual + block.apply_mlp(residual if after else block.ln2(residual))
+        if any(each._forward_hooks or each._forward_pre_hooks or each._backward_hooks for each in modules):
+            return None
+        gated = hasattr(block.mlp, "hook_pre_linear")
+        if gated and cfg.is_layer_norm_activation():
+            return None  # gated in name only
+        products = ("mlp.hook_pre", "mlp.hook_pre_linear") if gated else ("mlp.hook_pre",)
+        return FeedForward(block, tuple(f"blocks.{layer}.{place}" for place in products), f"blocks.{layer}.hook_mlp_out")
 
     @property
     def output_weights(self) -> tuple[Float[Tensor, "head d_head d_model"], ...]:

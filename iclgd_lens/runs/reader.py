@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from einops import einsum, rearrange, reduce, repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from iclgd_lens.data.prompts import ContextLayout
@@ -105,6 +105,7 @@ class Reader:
         gradients: AbstractContextManager[Any] = torch.enable_grad() if "score_gradients" in self.kept else nullcontext()
         with gradients, self.sites.attach(batch.leaves()):
             self.prefix.continue_with(bodies, hooks)
+        batch.require_plain_attention()
         if final:
             self.kept["label_log_probs"][rows] = self._score_labels(bodies, final[0])
 
@@ -145,6 +146,8 @@ class _Batch:
         self.sites, self.prefix, self.kept = reader.sites, reader.prefix, reader.kept
         # What gradients are taken of, layer by layer, and dropped with the layer.
         self.seen: list[dict[str, Tensor]] = [{} for _ in range(self.sites.n_layers)]
+        # Per layer, whether gradients were as they should be; asked once, at the end, so that no layer waits for a GPU.
+        self.as_expected: list[Bool[Tensor, "projection"]] = []
         mask = reader.query_mask[rows]
         # A prompt's own tokens: its BOS stands just before the first token of the query.
         self.own_mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)[:, -width:]
@@ -270,19 +273,36 @@ class _Batch:
             if out.requires_grad:
                 component = (out[:, -1] * direction.to(out)).sum()
                 found = torch.autograd.grad(component, leaves, allow_unused=True, materialize_grads=True)
+            summing = "batch pos (kv_head group) d_head -> batch pos kv_head d_head"
             tolerance = GRADIENT_TOLERANCE if out.dtype == last.dtype else HALF_GRADIENT_TOLERANCE
-            for real, wanted, scale in zip(found, expected, scales, strict=True):
-                summed = reduce(wanted, "batch pos (kv_head group) d_head -> batch pos kv_head d_head", "sum", kv_head=kv_heads)
-                if not bool((wide(real) - summed).norm() <= tolerance * scale.norm()):
-                    raise ValueError(
-                        f"attention in layer {layer} is not the softmax of its scores times what the value projection puts out: a "
-                        "hook edits something between them. Attribution cannot follow it; take the hook "
-                        "off, or capture without score_gradients"
-                    )
+            self.as_expected.append(
+                torch.stack(
+                    [
+                        (wide(real) - reduce(wanted, summing, "sum", kv_head=kv_heads)).norm() <= tolerance * scale.norm()
+                        for real, wanted, scale in zip(found, expected, scales, strict=True)
+                    ]
+                )
+            )
             seen.clear()
             return out.detach()
 
         return check
+
+    def require_plain_attention(self) -> None:
+        """Check that in every layer that gave gradients they were what attribution takes them to be.
+
+        Raises:
+            ValueError: If not, naming the first layer.
+        """
+        if not self.as_expected:
+            return
+        edited = ~torch.stack(self.as_expected).all(dim=1)
+        if bool(edited.any()):
+            layer = int(edited.nonzero()[0, 0])
+            raise ValueError(
+                f"attention in layer {layer} is not the softmax of its scores times what the value projection puts out: a hook "
+                "edits something between them. Attribution cannot follow it; take the hook off, or capture without score_gradients"
+            )
 
     def _lens(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> None:
         self.kept["lens_logits"][self.rows, layer] = self.reader.lens(residual[:, -1].detach())

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iclgd_lens.models.feed_forward import FeedForward
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook
 from iclgd_lens.updates.inject import Parameter
@@ -89,14 +90,13 @@ def layer_causal_gradients(
             values.append(losses)
             found.extend(pull_back(*block, gradient) for block, gradient in zip(waiting, gradients, strict=True))
             waiting.clear()
+        torch.set_grad_enabled(False)
         return residual.detach()
 
     hooks = [*injected]
     for layer in range(sites.n_layers):
         hooks += [*recorder.hooks(layer, cut=True), *rows.hooks(layer)]
         hooks.append((sites.residual_out[layer], take))
-    # The first block's input is the embedding, whose weights may ask for gradients too.
-    hooks.insert(0, (sites.residual_in[0], lambda residual, hook: residual.detach()))
     _run(sites, tokens, hooks)
     return recorder.gradients(found, torch.cat(values).sum())
 
@@ -105,23 +105,36 @@ class _Rows:
     """A block's output at the positions that a loss depends on, by the shortest way back.
 
     A loss of few positions, such as a label's, has no gradient at the others. Where the block's feed-forward part treats positions
-    apart and no hook is on it, that part runs once more on these few alone, and going back through them costs little.
+    apart and no hook is on it, it runs without a graph, and a graph for these few positions is made of what was read on the way.
     """
 
     def __init__(self, sites: HookSites, positions: slice, length: int) -> None:
         self.sites, self.positions = sites, positions
         self.sparse = 2 * len(range(length)[positions]) < length
-        self.between: list[Float[Tensor, "batch pos d_model"]] = []
+        self.parts: dict[int, FeedForward] = {}
+        self.read: list[Float[Tensor, "batch pos width"]] = []
 
     def hooks(self, layer: int) -> list[NamedHook]:
-        if not (self.sparse and self.sites.feeds_forward_plainly(layer)):
+        if not self.sparse or (part := self.sites.feed_forward(layer)) is None:
             return []
-        return [(self.sites.residual_between[layer], lambda residual, hook: self.between.append(residual))]
+        self.parts[layer] = part
+
+        def read(tensor: Float[Tensor, "batch pos width"], hook: Any) -> None:
+            self.read.append(tensor[:, self.positions])
+
+        def read_and_leave_graph(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+            read(residual, hook)
+            torch.set_grad_enabled(False)
+
+        return [(self.sites.residual_between[layer], read_and_leave_graph), *((name, read) for name in (*part.products, part.out))]
 
     def of(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "pos d_model"]:
-        if not self.between:
+        if layer not in self.parts:
             return residual[0, self.positions]
-        return self.sites.feed_forward(layer, self.between.pop()[:, self.positions])[0]
+        torch.set_grad_enabled(True)
+        between, *products, out = self.read
+        self.read.clear()
+        return self.parts[layer].again(between, products, out)[0]
 
 
 def pull_back(
@@ -142,18 +155,20 @@ class Recorder:
         self.sites = sites
         self.trains_keys = bool({"W_K", "b_K"} & set(parameters))
         self.trains_values = bool({"W_V", "b_V"} & set(parameters))
-        self.inputs: dict[int, Float[Tensor, "batch pos d_model"]] = {}
+        self._seen: dict[int, Float[Tensor, "batch pos d_model"]] = {}
         self._outputs: list[Tensor] = []
 
     def hooks(self, layer: int, *, cut: bool) -> list[NamedHook]:
-        """Hooks that record one layer; with `cut`, its projections' outputs become leaves of the graph."""
+        """Hooks that record one layer; with `cut`, its projections' outputs become leaves of the graph, which begins there."""
 
         def record_input(projection_in: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-            self.inputs[layer] = self.sites.project_from(layer, projection_in).detach()
+            # Not projected yet: TransformerLens norms the same input for queries, keys and values.
+            self._seen[layer] = projection_in.detach()
 
         def record_output(projected: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> Tensor:
             if cut:
                 projected = projected.detach().requires_grad_()
+                torch.set_grad_enabled(True)
             self._outputs.append(projected)
             return projected
 
@@ -169,12 +184,16 @@ class Recorder:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def take_inputs(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
+        """Hand over what the projections of a layer multiplied."""
+        return self.sites.project_from(layer, self._seen.pop(layer)).detach()
+
     def gradients(self, found: Sequence[tuple[Tensor, ...]], loss: Tensor) -> Gradients:
         """Sort gradients, given in the order of `outputs`, into keys and values."""
         flat = [gradient[0] for gradients in found for gradient in gradients]
         n_kinds = self.trains_keys + self.trains_values
         return Gradients(
-            inputs=[self.inputs[layer][0] for layer in range(self.sites.n_layers)],
+            inputs=[self.take_inputs(layer)[0] for layer in range(self.sites.n_layers)],
             keys=flat[::n_kinds] if self.trains_keys else None,
             values=flat[n_kinds - 1 :: n_kinds] if self.trains_values else None,
             loss=loss.detach(),
@@ -182,6 +201,11 @@ class Recorder:
 
 
 def _run(sites: HookSites, tokens: Int[Tensor, "pos"], hooks: list[NamedHook]) -> None:
+    """Run with hooks that begin and end graphs: what is before the first leaf is in none, and what it made is freed as it is used.
+
+    TransformerLens copies attention's weights at every call. Held by a graph, each copy takes fresh memory, which costs more than
+    the product.
+    """
     # The mask is given, all ones: without it TransformerLens may take separators for padding.
-    with sites.attach(hooks):
+    with torch.no_grad(), sites.attach(hooks):
         sites.model(tokens[None], attention_mask=torch.ones_like(tokens[None]), return_type=None)

@@ -126,18 +126,18 @@ def _descend(
         norms: list[Float[Tensor, "layer"]] = []
         losses: list[Float[Tensor, ""]] = []
         for _ in range(settings.epochs):
-            for number, demonstration in enumerate(demonstrations):
+            for demonstration in demonstrations:
                 tokens = demonstration.tokens.to(model.cfg.device, copy=True)
                 loss = _loss(lens, tokens, demonstration.n_label_tokens, settings, columns)
-                with torch.enable_grad():
-                    found = gradients_of(sites, tokens, running.hooks(), loss, settings.parameters)
+                found = gradients_of(sites, tokens, running.hooks(), loss, settings.parameters)
                 norms.append(running.record(found))
                 losses.append(found.loss)
-                _refuse_non_finite(norms[-1], settings, number, len(demonstrations))
                 # Online, a gradient changes what the next demonstration meets; in a batch it waits for the end of the epoch.
                 if settings.schedule == "online":
                     running.apply()
             running.apply()
+            # Asking at every step would make a GPU wait for each.
+            _refuse_non_finite(torch.stack(norms), settings, len(demonstrations))
         return _in_dual_form(sites, demonstrations, settings, running, norms, losses)
 
 
@@ -185,14 +185,14 @@ def _in_dual_form(
     )
 
 
-def _refuse_non_finite(norms: Float[Tensor, "layer"], settings: UpdateSettings, number: int, count: int) -> None:
+def _refuse_non_finite(norms: Float[Tensor, "step layer"], settings: UpdateSettings, count: int) -> None:
     # Its square too: what is larger than that cannot be run with.
     finite = (settings.lr * norms).square().isfinite()
     if not bool(finite.all()):
-        layer = int((~finite).nonzero()[0, 0])
+        step, layer = (~finite).nonzero()[0].tolist()
         raise DivergedError(
-            f"lr={settings.lr:g} made the {settings.method} update non-finite at demonstration {number} of {count} (counted from "
-            f"0), layer {layer}; use a smaller learning rate"
+            f"lr={settings.lr:g} made the {settings.method} update non-finite at demonstration {step % count} of {count} (counted "
+            f"from 0), layer {layer}; use a smaller learning rate"
         )
 
 

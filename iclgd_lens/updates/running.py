@@ -2,7 +2,7 @@
 
 A step needs the weights that earlier steps left. Adding each demonstration's `Σᵢ xᵢ ⊗ eᵢ` to ΔW passes over memory of the size of
 all trained weights at every step, which costs more than the product itself. So recent tokens are injected in dual form,
-`x ΔW = Σᵢ ⟨x, xᵢ⟩ eᵢ`, and only when there are as many of them as an input has dimensions they are summed up in one product.
+`x ΔW = Σᵢ ⟨x, xᵢ⟩ eᵢ`, and only when there are twice as many of them as an input has dimensions they are summed up in one product.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class RunningUpdate:
         self.sites, self.parameters, self.lr = sites, parameters, lr
         width = sites.n_kv_heads * cfg.d_head
         of: dict[str, Any] = {"dtype": wide_dtype(cfg.dtype), "device": cfg.device}
-        self.inputs = torch.zeros(sites.n_layers, n_tokens, cfg.d_model, dtype=cfg.dtype, device=cfg.device)
+        self.inputs = torch.empty(sites.n_layers, n_tokens, cfg.d_model, dtype=cfg.dtype, device=cfg.device)
         self.errors = {kind: torch.zeros(sites.n_layers, n_tokens, width, **of) for kind in PARAMETERS_OF}
         # In half precision the detour by the tokens would round twice.
-        self._limit = cfg.d_model if cfg.dtype == wide_dtype(cfg.dtype) else 0
+        self._limit = 2 * cfg.d_model if cfg.dtype == wide_dtype(cfg.dtype) else 0
         self._recorded = self._active = self._summed = 0
         self._weights: dict[str, Float[Tensor, "layer d_model width"]] = {}
         self._biases = {kind: torch.zeros(sites.n_layers, width, **of) for kind in PARAMETERS_OF if self._trained("b", kind)}

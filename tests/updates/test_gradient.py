@@ -107,7 +107,7 @@ def test_first_lcgd_step_of_the_last_layer_equals_gd(shape, objective):
     model, demonstrations = make_model(shape), make_demonstrations(1)
     updates = [method(model, demonstrations, lr=LR, **OBJECTIVES[objective]) for method in (gd, lcgd)]
     for name in ("W_K", "W_V", "b_V"):
-        assert relative_error(updates[1].delta(name, -1), updates[0].delta(name, -1)) < 1e-6
+        assert relative_error(updates[1].delta(name, -1), updates[0].delta(name, -1)) < 3e-6
     assert relative_error(updates[1].gradient_norms[-1], updates[0].gradient_norms[-1]) < 1e-6
     if model.cfg.n_layers > 1:
         assert relative_error(updates[1].delta("W_V", 0), updates[0].delta("W_V", 0)) > 0.1
