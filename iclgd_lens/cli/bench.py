@@ -24,6 +24,9 @@ def bench(
     growth: Annotated[
         bool, typer.Option("--growth", help="Measure how cost and memory grow with the work, on a model of its own, and no job.")
     ] = False,
+    dtypes: Annotated[
+        bool, typer.Option("--dtypes", help="Measure what half precision does to results of the bundled model, and no job.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; by default its own choice.")] = None,
     device: Device = None,
     dtype: DType = "float32",
@@ -45,8 +48,13 @@ def bench(
         if model in NEEDS_GPU and parse_device(device) == "cpu":
             console.print(f"{model}: no GPU", markup=False)
             return
+        if growth and dtypes:
+            raise ValueError("--growth and --dtypes are measured apart; give one of them")
         if growth:
             _growth(repeats, device, out)
+            return
+        if dtypes:
+            _dtypes(device, out)
             return
         sizes = Sizes(k=k, demonstration=demonstration, queries=queries, query=query)
         with console.status(Text(f"building {model}")) as status:
@@ -71,4 +79,15 @@ def _growth(repeats: int, device: str | None, out: Path) -> None:
     console.print(growth_table(frame).rich())
     console.print(graph_table(graphs).rich())
     console.print(capture_table(captures).rich())
+    console.print(f"Results: {out}", soft_wrap=True, markup=False)
+
+
+def _dtypes(device: str | None, out: Path) -> None:
+    from iclgd_lens.benchmarks.precision import dtype_agreement, precision_table
+    from iclgd_lens.experiments.results import write_frame
+
+    with console.status("measuring") as status:
+        frame = dtype_agreement(device=device, on_dtype=lambda name: status.update(Text(f"measuring {name}")))
+        write_frame(frame, out)
+    console.print(precision_table(frame).rich())
     console.print(f"Results: {out}", soft_wrap=True, markup=False)

@@ -12,7 +12,6 @@ places. The places, for layer ℓ:
 `scores[ℓ]`           `[batch head query_pos key_pos]`            attention scores before softmax, scaled and masked
 `pattern[ℓ]`          `[batch head query_pos key_pos]`            attention, the softmax of the scores
 `head_out[ℓ]`         `[batch pos head d_head]`                   each head's attended values, before the output projection
-`residual_between[ℓ]` `[batch pos d_model]`                       the residual stream between attention and feed-forward part
 `attention_out[ℓ]`    `[batch pos d_model]`                       attention's output as it is added to the residual stream
 ====================  ==========================================  =======================================================
 
@@ -33,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from iclgd_lens.models.feed_forward import FeedForward
+from iclgd_lens.models.after_attention import AfterAttention
 
 NamedHook = tuple[str, Callable[..., Any]]
 """A hook name and the function to run there, as `model.run_with_hooks` takes them."""
@@ -130,28 +129,30 @@ class HookSites:
         attention: Any = self.model.blocks[layer].attn
         return einsum(inputs, attention.W_Q, "... d_model, head d_model d_head -> ... head d_head") + attention.b_Q
 
-    @property
-    def residual_between(self) -> tuple[str, ...]:
-        """Where a block's residual stream is read between its attention and its feed-forward part, where one follows the other."""
-        return tuple(f"blocks.{layer}.hook_resid_mid" for layer in range(self.n_layers))
-
-    def feed_forward(self, layer: int) -> FeedForward | None:
-        """A block's feed-forward part, if it follows attention, treats positions apart, and has no norm behind it or hook on it."""
+    def after_attention(self, layer: int) -> AfterAttention | None:
+        """What a block does behind its heads, if it treats positions apart, one part after the other, no norm behind either and
+        no hook on it.
+        """
         cfg, block = self.model.cfg, self.model.blocks[layer]
         if cfg.attn_only or cfg.parallel_attn_mlp or cfg.num_experts is not None or cfg.load_in_4bit:
             return None
         if cfg.use_normalization_before_and_after or cfg.original_architecture in _POST_NORM_ARCHITECTURES:
             return None
-        names = ("ln2", "mlp", "hook_mlp_in", "hook_mlp_out", "hook_resid_post")
-        parts = [getattr(block, name) for name in names if hasattr(block, name)]
-        modules = [module for part in parts for module in part.modules()]
-        if any(each._forward_hooks or each._forward_pre_hooks or each._backward_hooks for each in modules):
-            return None
         gated = hasattr(block.mlp, "hook_pre_linear")
         if gated and cfg.is_layer_norm_activation():
             return None  # gated in name only
+        names = ("hook_attn_out", "hook_resid_mid", "ln2", "mlp", "hook_mlp_in", "hook_mlp_out", "hook_resid_post")
+        parts = [block.attn.hook_result, *(getattr(block, name) for name in names if hasattr(block, name))]
+        modules = [module for part in parts for module in part.modules()]
+        if any(each._forward_hooks or each._forward_pre_hooks or each._backward_hooks for each in modules):
+            return None
         products = ("mlp.hook_pre", "mlp.hook_pre_linear") if gated else ("mlp.hook_pre",)
-        return FeedForward(block, tuple(f"blocks.{layer}.{place}" for place in products), f"blocks.{layer}.hook_mlp_out")
+        return AfterAttention(
+            block,
+            attended=self.attention_out[layer],
+            products=tuple(f"blocks.{layer}.{place}" for place in products),
+            out=f"blocks.{layer}.hook_mlp_out",
+        )
 
     @property
     def output_weights(self) -> tuple[Float[Tensor, "head d_head d_model"], ...]:

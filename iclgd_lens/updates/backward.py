@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from iclgd_lens.models.feed_forward import FeedForward
+from iclgd_lens.models.after_attention import AfterAttention
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook
 from iclgd_lens.updates.inject import Parameter
@@ -104,37 +104,38 @@ def layer_causal_gradients(
 class _Rows:
     """A block's output at the positions that a loss depends on, by the shortest way back.
 
-    A loss of few positions, such as a label's, has no gradient at the others. Where the block's feed-forward part treats positions
-    apart and no hook is on it, it runs without a graph, and a graph for these few positions is made of what was read on the way.
+    A loss of few positions, such as a label's, has no gradient at the others. Where what a block does behind its heads treats
+    positions apart and no hook is on it, it runs without a graph, and a graph for these few positions is made of what was read.
     """
 
     def __init__(self, sites: HookSites, positions: slice, length: int) -> None:
         self.sites, self.positions = sites, positions
         self.sparse = 2 * len(range(length)[positions]) < length
-        self.parts: dict[int, FeedForward] = {}
-        self.read: list[Float[Tensor, "batch pos width"]] = []
+        self.parts: dict[int, AfterAttention] = {}
+        self.read: list[Float[Tensor, "batch pos *width"]] = []
 
     def hooks(self, layer: int) -> list[NamedHook]:
-        if not self.sparse or (part := self.sites.feed_forward(layer)) is None:
+        if not self.sparse or (part := self.sites.after_attention(layer)) is None:
             return []
         self.parts[layer] = part
 
-        def read(tensor: Float[Tensor, "batch pos width"], hook: Any) -> None:
+        def read(tensor: Float[Tensor, "batch pos *width"], hook: Any) -> None:
             self.read.append(tensor[:, self.positions])
 
-        def read_and_leave_graph(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-            read(residual, hook)
+        def read_and_leave_graph(heads: Float[Tensor, "batch pos head d_head"], hook: Any) -> None:
+            read(heads, hook)
             torch.set_grad_enabled(False)
 
-        return [(self.sites.residual_between[layer], read_and_leave_graph), *((name, read) for name in (*part.products, part.out))]
+        at_heads = (self.sites.head_out[layer], read_and_leave_graph)
+        return [(self.sites.residual_in[layer], read), at_heads, *((name, read) for name in part.known)]
 
     def of(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "pos d_model"]:
         if layer not in self.parts:
             return residual[0, self.positions]
         torch.set_grad_enabled(True)
-        between, *products, out = self.read
+        residual_in, heads, *known = self.read
         self.read.clear()
-        return self.parts[layer].again(between, products, out)[0]
+        return self.parts[layer].again(residual_in, heads, known)[0]
 
 
 def pull_back(

@@ -165,8 +165,8 @@ def _in_dual_form(
     losses: list[Float[Tensor, ""]],
 ) -> ParameterUpdate:
     device = running.inputs.device
-    lengths = torch.tensor([len(demonstration.tokens) for demonstration in demonstrations] * settings.epochs, device=device)
-    numbers = torch.arange(len(demonstrations), device=device).repeat(settings.epochs)
+    lengths = [len(demonstration.tokens) for demonstration in demonstrations] * settings.epochs
+    numbers = torch.arange(len(demonstrations)).repeat(settings.epochs)
     keys, values = (
         rearrange(running.errors[kind], "layer token (kv_head d_head) -> layer token kv_head d_head", kv_head=sites.n_kv_heads)
         for kind in PARAMETERS_OF
@@ -175,8 +175,8 @@ def _in_dual_form(
         inputs=running.inputs,
         key_errors=keys,
         value_errors=values,
-        demonstration=numbers.repeat_interleave(lengths),
-        position=torch.cat([torch.arange(int(length), device=device) for length in lengths]),
+        demonstration=numbers.repeat_interleave(torch.tensor(lengths)).to(device),
+        position=torch.cat([torch.arange(length) for length in lengths]).to(device),
         gradient_norms=torch.stack(norms, dim=1),
         losses=torch.stack(losses),
         settings=settings,

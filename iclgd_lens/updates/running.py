@@ -55,13 +55,14 @@ class RunningUpdate:
         torch.stack(found.inputs, out=self.inputs[:, tokens])
         squares = torch.zeros_like(self.errors["keys"][:, 0, 0])
         of: dict[Kind, Any] = {"keys": found.keys, "values": found.values}
+        likeness = _products(self.inputs[:, tokens])
         for kind, gradients in of.items():
             if gradients is None:
                 continue
             flat = wide(rearrange(gradients, "layer pos kv_head d_head -> layer pos (kv_head d_head)"))
             torch.mul(flat, -self.lr, out=self.errors[kind][:, tokens])
             if self._trained("W", kind):
-                squares += _squared_norms(wide(self.inputs[:, tokens]), flat)
+                squares += (likeness * _products(flat)).sum(dim=(1, 2)).clamp_min(0.0)
             if self._trained("b", kind):
                 squares += flat.sum(dim=1).square().sum(dim=-1)
         return squares.sqrt()
@@ -110,10 +111,9 @@ class RunningUpdate:
         return f"{letter}_{kind[0].upper()}" in self.parameters
 
 
-def _squared_norms(
-    inputs: Float[Tensor, "layer pos d_model"], gradients: Float[Tensor, "layer pos width"]
-) -> Float[Tensor, "layer"]:
-    """‖Σᵢ xᵢ ⊗ gᵢ‖² = Σᵢⱼ ⟨xᵢ, xⱼ⟩⟨gᵢ, gⱼ⟩, without forming the sum; its terms cancel, hence in float64 where there is one."""
-    if inputs.device.type != "mps":
-        inputs, gradients = inputs.double(), gradients.double()
-    return ((inputs @ inputs.mT) * (gradients @ gradients.mT)).sum(dim=(1, 2)).clamp_min(0.0)
+def _products(vectors: Float[Tensor, "layer pos width"]) -> Float[Tensor, "layer pos pos"]:
+    """⟨vᵢ, vⱼ⟩, whose products make ‖Σᵢ xᵢ ⊗ gᵢ‖² = Σᵢⱼ ⟨xᵢ, xⱼ⟩⟨gᵢ, gⱼ⟩ without forming the sum; these terms cancel, hence in
+    float64 where there is one.
+    """
+    vectors = wide(vectors) if vectors.device.type == "mps" else vectors.double()
+    return vectors @ vectors.mT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from iclgd_lens.runs.capture import capture, fitting_batch_size
 from iclgd_lens.updates.gradient import gd, lcgd
 from tests.models_zoo import ZOO, in_float64, make_demonstrations, make_model, make_queries
 from tests.reference import reference_capture, reference_update, relative_error
+from tests.waiting import waits
 
 LR = 0.05
 FIELDS = ("attn_out", "query_scores", "context_scores", "label_log_probs", "lens_logits")
@@ -320,3 +322,13 @@ def test_alibi_models_are_refused_since_their_scores_depend_on_what_ran_before()
     assert not torch.allclose(scores[0], scores[2])
     with pytest.raises(ValueError, match="ALiBi models are not supported"):
         capture(model, make_queries())
+
+
+@pytest.mark.parametrize("keep", [None, ["attn_out", "context_scores", "label_log_probs"], ["own_values", "score_gradients"]])
+def test_no_layer_waits_for_a_gpu(keep):
+    """What batches ask is the same however many layers there are."""
+    queries = make_queries()
+    context = make_demonstrations() if keep != ["own_values", "score_gradients"] else None
+    models = [make_model("three_layers", n_layers=n) for n in (2, 6)]
+    few, many = (waits(partial(capture, model, queries, context=context, keep=keep, batch_size=2)) for model in models)
+    assert few == many

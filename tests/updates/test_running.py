@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from iclgd_lens import lcgd
+from iclgd_lens import gd, lcgd
 from iclgd_lens.updates.running import RunningUpdate
 from tests.models_zoo import label_tokens, make_demonstrations, make_model
 from tests.reference import relative_error
+from tests.waiting import waits
 
 LABELS = {"loss_on": "label", "readout": "labels", "label_tokens": label_tokens()}
 
@@ -60,3 +61,15 @@ def test_how_many_blocks_are_read_out_at_once_changes_nothing(blocks, rows, opti
     found = lcgd(model, demonstrations, lr=0.3, **options)
     assert relative_error(found.value_errors, expected.value_errors) < 1e-5
     assert relative_error(found.losses, expected.losses) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, LABELS], ids=["vocabulary", "labels"])
+@pytest.mark.parametrize("method", [gd, lcgd])
+@pytest.mark.parametrize("schedule", ["online", "batch"])
+def test_no_step_waits_for_a_gpu(schedule, method, options):
+    model, demonstrations = make_model(), make_demonstrations(4, max_text=12)
+    once, often = (
+        waits(lambda epochs=epochs: method(model, demonstrations, lr=0.1, schedule=schedule, epochs=epochs, **options))
+        for epochs in (1, 4)
+    )
+    assert often - once == 3, "more than one question, whether the update is finite, per epoch"

@@ -1,4 +1,4 @@
-"""A block's feed-forward part, once more for the way back: what its products came to is known, so they are not made again.
+"""What a block does behind its heads, once more for the way back: what its products came to is known, so they are not made again.
 
 A loss of few positions goes back through these alone, which needs a graph of its own. With one or two rows a product by a weight
 costs about as much as reading it, so making one again would double the cost of that way.
@@ -16,36 +16,46 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class FeedForward:
-    """A block's feed-forward part.
+class AfterAttention:
+    """The output projection of a block's heads, and its feed-forward part.
 
     Attributes:
         block: The block.
-        products: Hook names of what its input is multiplied to: before the activation, and where it is gated, beside it.
-        out: Hook name of what it adds to the residual stream.
+        attended: Hook name of what attention adds to the residual stream.
+        products: Hook names of what the feed-forward part's input is multiplied to: before the activation, and where it is gated,
+            beside it.
+        out: Hook name of what the feed-forward part adds to the residual stream.
     """
 
     block: Any
+    attended: str
     products: tuple[str, ...]
     out: str
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """All hook names, in the order in which they fire."""
+        return (self.attended, *self.products, self.out)
 
     def again(
         self,
         residual: Float[Tensor, "batch pos d_model"],
-        products: Sequence[Float[Tensor, "batch pos d_mlp"]],
-        out: Float[Tensor, "batch pos d_model"],
+        heads: Float[Tensor, "batch pos head d_head"],
+        known: Sequence[Float[Tensor, "batch pos width"]],
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The block's output as a function of the residual stream in front of this part, given what was read at its hooks."""
+        """The block's output as a function of its input and of what its heads put out, given what was read at `known`."""
         mlp = self.block.mlp
-        normed = self.block.ln2(residual)
+        attended, *products, out = known
+        between = residual + _product(heads.flatten(2), self.block.attn.W_O.flatten(0, 1), attended)
+        normed = self.block.ln2(between)
         weights = [mlp.W_gate, mlp.W_in] if len(products) > 1 else [mlp.W_in]
-        before, *beside = (_product(normed, weight, known) for weight, known in zip(weights, products, strict=True))
+        before, *beside = (_product(normed, weight, product) for weight, product in zip(weights, products, strict=True))
         hidden = mlp.act_fn(before)
         if beside:
             hidden = hidden * beside[0] + mlp.b_in
         elif mlp.cfg.is_layer_norm_activation():
             hidden = mlp.ln(hidden)
-        return residual + _product(hidden, mlp.W_out, out)
+        return between + _product(hidden, mlp.W_out, out)
 
 
 def _product(
