@@ -18,6 +18,11 @@ from transformer_lens import HookedTransformer
 
 from iclgd_lens.models.precision import wide
 
+COLUMNS_AT_ONCE, COLUMNS_AT_ONCE_ON_CPU = 2**14, 2**11
+"""How many columns of `W_U` a cross-entropy multiplies at once. Few stay in a processor's cache from the way there to the way back,
+and their product is itself the faster; elsewhere a product of few columns would cost mostly its start.
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class LogitLens:
@@ -48,8 +53,9 @@ class LogitLens:
     ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch pos d_model"]]:
         """The mean cross-entropy over positions, and its gradient by the residual stream.
 
-        All vectors go through the unembedding in one product there and one back, which are most of the cost; autograd is used for
-        the norm alone, so that of the logits no more than two copies are held.
+        The vocabulary is passed over once, some columns at a time, which are multiplied there and back while they are at hand; the
+        sum of exponentials is kept relative to the largest logit so far. No more logits are held than of these columns, and
+        autograd is used for the norm alone.
 
         Args:
             residual: Residual-stream vectors; gradients do not flow into what they were made from.
@@ -62,22 +68,43 @@ class LogitLens:
             leaf = residual.detach().requires_grad_()
             normed = _final_norm(self.model, leaf)
         with torch.no_grad():
-            logits = wide(self._unembed(normed))
-            error = logits.softmax(dim=-1)
-            index = targets.expand(logits.shape[:-1])[..., None]
-            # log Σ exp, by the largest logit's own probability, which is never small.
-            log_sum = logits.amax(dim=-1) - error.amax(dim=-1).log()
-            losses = (log_sum - logits.gather(-1, index).squeeze(-1)).mean(dim=-1)
-            error.scatter_add_(-1, index, error.new_full((), -1.0).expand(index.shape))
-            if (cap := self._cap) > 0:
-                error *= 1 - (logits / cap).square()
-            by_normed = error.to(residual.dtype) @ self.weight.T / len(targets)
-        return losses, torch.autograd.grad(normed, leaf, by_normed)[0]
+            losses, by_normed = self._losses(normed.flatten(0, -2), targets.expand(normed.shape[:-1]).flatten())
+            by_normed = (by_normed / len(targets)).view_as(normed).to(normed.dtype)
+        return losses.view(normed.shape[:-1]).mean(dim=-1), torch.autograd.grad(normed, leaf, by_normed)[0]
+
+    def _losses(
+        self, normed: Float[Tensor, "row d_model"], targets: Int[Tensor, "row"]
+    ) -> tuple[Float[Tensor, "row"], Float[Tensor, "row d_model"]]:
+        """Each row's cross-entropy and its gradient, Σⱼ pⱼ uⱼ − uₜ = Σ_{j≠t} pⱼ (uⱼ − uₜ), the columns of targets t left aside."""
+        weight = self.weight[:, targets].T
+        target = self._capped((wide(normed) * wide(weight)).sum(dim=-1, keepdim=True) + wide(self.bias[targets, None]))
+        top, others, pulled = target, torch.zeros_like(target), torch.zeros_like(wide(normed))
+        width = COLUMNS_AT_ONCE_ON_CPU if normed.device.type == "cpu" else COLUMNS_AT_ONCE
+        for start in range(0, self.weight.shape[1], width):
+            columns = self.weight[:, start : start + width]
+            logits = wide(self._capped(torch.addmm(self.bias[start : start + width], normed, columns)))
+            higher = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
+            scale, top = (top - higher).exp(), higher
+            error = (logits - top).exp_()
+            index = (targets - start)[:, None]
+            nearest = index.clamp(0, columns.shape[1] - 1)
+            error.scatter_(-1, nearest, error.gather(-1, nearest).masked_fill(index == nearest, 0.0))
+            others = others * scale + error.sum(dim=-1, keepdim=True)
+            pulled = pulled * scale + (error * self._slope(logits)).to(normed.dtype) @ columns.T
+        total = others + (target - top).exp()
+        gradient = (pulled - others * self._slope(target) * wide(weight)) / total
+        return (total.log() + top - target).squeeze(-1), gradient
 
     def _unembed(self, normed: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch token"]:
-        logits = normed @ self.weight + self.bias
+        return self._capped(normed @ self.weight + self.bias)
+
+    def _capped(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         cap = self._cap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+    def _slope(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"] | float:
+        """The derivative of the soft cap where it has these values."""
+        return 1 - (logits / self._cap).square() if self._cap > 0 else 1.0
 
     @property
     def _cap(self) -> float:

@@ -4,8 +4,11 @@ import pytest
 import torch
 from transformer_lens import HookedTransformer
 
+from iclgd_lens.benchmarks.memory import allocated_peak
+from iclgd_lens.models import readout
 from iclgd_lens.models.readout import LogitLens
 from tests.models_zoo import D_VOCAB, ZOO, make_model
+from tests.reference import relative_error
 
 NORMS = ["LN", "LNPre", "RMS", "RMSPre", None]
 
@@ -89,7 +92,9 @@ def test_half_precision_is_kept_and_agrees_with_the_model(norm):
 @pytest.mark.parametrize("soft_cap", [-1.0, 5.0])
 @pytest.mark.parametrize("columns", [None, [7, 2, 9]])
 @pytest.mark.parametrize("batch", [(), (3,)])
-def test_the_cross_entropy_and_its_gradient_are_autograd_s(norm, soft_cap, columns, batch):
+@pytest.mark.parametrize("at_once", [1, 4, 10_000])
+def test_the_cross_entropy_and_its_gradient_are_autograd_s(norm, soft_cap, columns, batch, at_once, monkeypatch):
+    monkeypatch.setattr(readout, "COLUMNS_AT_ONCE_ON_CPU", at_once)
     model = make_model(normalization_type=norm, output_logits_soft_cap=soft_cap, dtype=torch.float64)
     stream = residual(*batch, 4, dtype=torch.float64).requires_grad_()
     targets = torch.tensor([2, 0, 1, 1])
@@ -107,13 +112,36 @@ def test_the_cross_entropy_and_its_gradient_are_autograd_s(norm, soft_cap, colum
     assert not by_stream.requires_grad
 
 
-def test_the_cross_entropy_of_a_target_that_is_almost_impossible_is_finite():
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_the_cross_entropy_of_a_target_that_is_almost_impossible_is_finite(at_once, monkeypatch):
+    monkeypatch.setattr(readout, "COLUMNS_AT_ONCE_ON_CPU", at_once)
     model = make_model(d_vocab=3)
     with torch.no_grad():
         model.unembed.b_U.copy_(torch.tensor([0.0, 400.0, 0.0]))
     found, gradient = LogitLens.of(model).cross_entropy(residual(2), torch.tensor([0, 0]))
     assert 300 < float(found) < 500
     assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_the_gradient_of_a_target_that_is_almost_certain_is_exact_relative_to_its_size(at_once, monkeypatch):
+    monkeypatch.setattr(readout, "COLUMNS_AT_ONCE_ON_CPU", at_once)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        model = make_model(d_vocab=3, dtype=dtype)
+        with torch.no_grad():
+            model.unembed.b_U.copy_(torch.tensor([0.0, 18.0, 0.0]))
+        gradients.append(LogitLens.of(model).cross_entropy(residual(2, dtype=dtype), torch.tensor([1, 1]))[1])
+    assert 0 < gradients[1].norm() < 1e-5
+    assert relative_error(gradients[0].double(), gradients[1]) < 1e-4
+
+
+def test_of_the_logits_no_more_than_some_columns_are_held():
+    model, rows = make_model(d_vocab=40_000), 64
+    lens, stream = LogitLens.of(model), residual(rows)
+    targets = torch.arange(rows)
+    _, held = allocated_peak(lambda: lens.cross_entropy(stream, targets))
+    assert held < 4 * rows * readout.COLUMNS_AT_ONCE_ON_CPU * 4 < rows * 40_000 * 4
 
 
 def test_the_cross_entropy_in_half_precision_is_summed_in_float32():
