@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from iclgd_lens.models.readout import column_blocks
 from iclgd_lens.models.sites import HookSites
 
 Step = Callable[[], object]
@@ -86,16 +87,16 @@ class Products:
 
         return torch.no_grad()(step)
 
-    def readout(self, n_tokens: int, times: int = 1, *, backward: bool) -> Step:
-        """Unembeddings of so many tokens, and on `backward` their transposes."""
+    def readout(self, n_tokens: int, *, backward: bool) -> Step:
+        """Unembeddings of so many tokens, and on `backward` their transposes, some columns at a time."""
         weight = self.model.unembed.W_U.detach()
         x, logits = self._random(n_tokens, weight.shape[0]), self._random(n_tokens, weight.shape[1])
 
         def step() -> None:
-            for _ in range(times):
-                _ = x @ weight
+            for columns, of_columns in column_blocks(weight):
+                _ = x @ of_columns
                 if backward:
-                    _ = logits @ weight.T
+                    _ = logits[:, columns] @ of_columns.T
 
         return torch.no_grad()(step)
 

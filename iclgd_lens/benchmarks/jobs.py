@@ -155,7 +155,7 @@ def _lcgd_demonstration(setting: Setting) -> Work:
     model, episode = setting.model, setting.episode
     products, layers = Products.of(model), model.cfg.n_layers
     prompts = [each.tokens for each in episode.demonstrations]
-    readouts = _per_demonstration(episode.demonstrations, lambda n: [products.readout(n - 1, layers, backward=True)])
+    readouts = _per_demonstration(episode.demonstrations, lambda n: [products.readout(layers * (n - 1), backward=True)])
     return Work(
         ours=lambda: lcgd(model, episode.demonstrations, lr=setting.lr),
         other=in_turn([lambda: layerwise_passes(model, prompts), readouts]),

@@ -7,6 +7,7 @@ layer-causal gradient descent uses to give every block a loss of its own (Deutch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,14 @@ COLUMNS_AT_ONCE, COLUMNS_AT_ONCE_ON_CPU = 2**14, 2**11
 """How many columns of `W_U` a cross-entropy multiplies at once. Few stay in a processor's cache from the way there to the way back,
 and their product is itself the faster; elsewhere a product of few columns would cost mostly its start.
 """
+
+
+def column_blocks(weight: Float[Tensor, "d_model token"]) -> Iterator[tuple[slice, Float[Tensor, "d_model column"]]]:
+    """Which columns are multiplied at once, and these columns."""
+    width = COLUMNS_AT_ONCE_ON_CPU if weight.device.type == "cpu" else COLUMNS_AT_ONCE
+    for start in range(0, weight.shape[1], width):
+        columns = slice(start, start + width)
+        yield columns, weight[:, columns]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,18 +88,16 @@ class LogitLens:
         weight = self.weight[:, targets].T
         target = self._capped((wide(normed) * wide(weight)).sum(dim=-1, keepdim=True) + wide(self.bias[targets, None]))
         top, others, pulled = target, torch.zeros_like(target), torch.zeros_like(wide(normed))
-        width = COLUMNS_AT_ONCE_ON_CPU if normed.device.type == "cpu" else COLUMNS_AT_ONCE
-        for start in range(0, self.weight.shape[1], width):
-            columns = self.weight[:, start : start + width]
-            logits = wide(self._capped(torch.addmm(self.bias[start : start + width], normed, columns)))
+        for columns, of_columns in column_blocks(self.weight):
+            logits = wide(self._capped(torch.addmm(self.bias[columns], normed, of_columns)))
             higher = torch.maximum(top, logits.amax(dim=-1, keepdim=True))
             scale, top = (top - higher).exp(), higher
             error = (logits - top).exp_()
-            index = (targets - start)[:, None]
-            nearest = index.clamp(0, columns.shape[1] - 1)
+            index = (targets - columns.start)[:, None]
+            nearest = index.clamp(0, of_columns.shape[1] - 1)
             error.scatter_(-1, nearest, error.gather(-1, nearest).masked_fill(index == nearest, 0.0))
             others = others * scale + error.sum(dim=-1, keepdim=True)
-            pulled = pulled * scale + (error * self._slope(logits)).to(normed.dtype) @ columns.T
+            pulled = pulled * scale + (error * self._slope(logits)).to(normed.dtype) @ of_columns.T
         total = others + (target - top).exp()
         gradient = (pulled - others * self._slope(target) * wide(weight)) / total
         return (total.log() + top - target).squeeze(-1), gradient
