@@ -250,7 +250,8 @@ def test_views_are_drawn_offline_and_switch(chromium, example, tmp_path):
         assert [method for method, _, _ in told] == ["ICL", "GD", "LCGD"]
         assert [float(darkest) for _, darkest, _ in told] == pytest.approx(scale, abs=6e-4)
         assert told[0][2] is None
-        assert [float(each) for _, _, each in told[1:]] == pytest.approx(tau[1:], abs=6e-3)
+        assert [each.startswith("−") for _, _, each in told[1:]] == [False, True] == [value < 0 for value in tau[1:]]
+        assert [float(each.replace("−", "-")) for _, _, each in told[1:]] == pytest.approx(tau[1:], abs=6e-3)
 
 
 def test_the_darkest_token_is_the_heaviest_and_has_its_method_s_full_colour(chromium, example, tmp_path):

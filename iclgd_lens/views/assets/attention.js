@@ -49,7 +49,7 @@ window.iclgdAttention = function (root, data) {
       const tau = data.tau[cell];
       const heading = made("div", table, undefined, "iclgd-head");
       made("b", heading, method);
-      made("span", heading, ` darkest ${data.scale[cell].toFixed(3)}` + (tau === null ? "" : `, τ with ICL ${tau.toFixed(2)}`));
+      made("span", heading, ` darkest ${data.scale[cell].toFixed(3)}` + (tau === null ? "" : `, τ with ICL ${tau.toFixed(2).replace("-", "−")}`));
     });
     let start = 0;
     lengths.forEach((length, row) => {
