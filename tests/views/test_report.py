@@ -143,6 +143,24 @@ def test_all_figures_are_drawn_before_the_page_is_printed(chromium, written):
         assert shown.locator(".figure.js-plotly-plot").count() == shown.locator(".figure").count() == 12
 
 
+def test_figures_are_drawn_one_by_one_by_a_library_that_is_there_before_they_are_seen(chromium, written):
+    with opened(chromium, written) as shown:
+        shown.wait_for_function("window.Plotly")
+        assert shown.locator(".figure.js-plotly-plot").count() == 0
+        shown.evaluate("""() => {
+          const draw = Plotly.newPlot;
+          let count = 0;
+          window.together = [];
+          Plotly.newPlot = (...given) => {
+            if (count++ === 0) queueMicrotask(() => { together.push(count); count = 0; });
+            return draw(...given);
+          };
+        }""")
+        shown.evaluate("document.querySelector('.figure').scrollIntoView()")
+        shown.locator(".figure.js-plotly-plot").nth(2).wait_for()
+        assert set(shown.evaluate("together")) == {1}
+
+
 OVERLAPS = """
 [...document.querySelectorAll('.js-plotly-plot')].flatMap((plot) => {
   const whole = plot.getBoundingClientRect();
