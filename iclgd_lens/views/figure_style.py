@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from html import escape
-from itertools import count
+from itertools import count, takewhile
 
 import pandas as pd
 from plotly import graph_objects as go
@@ -68,6 +68,15 @@ def shown_text(name: str, most: int = 72) -> str:
     return escape(short, quote=False).replace("$", "&#36;")
 
 
+def shown_texts(names: Sequence[str], most: int) -> list[str]:
+    """Names as `shown_text` shows each, but without what all begin with where short forms would look alike."""
+    shown = [shown_text(name, most) for name in names]
+    if len(set(shown)) == len(set(names)):
+        return shown
+    shared = len([*takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))])
+    return [shown_text(f"…{name[shared:]}", most) for name in names]
+
+
 def titled(title: str, note: str) -> str:
     """A figure's title, and below it, smaller, what it is over."""
     return f"{title}<br><span style='font-size:13px'>{note}</span>"
@@ -78,29 +87,39 @@ def tick_step(largest: int, most: int = 6) -> int:
     return next(step for power in count() for step in (10**power, 2 * 10**power, 5 * 10**power) if largest <= most * step)
 
 
-def grid(rows: Sequence[str], columns: Sequence[str], *, x_title: str, y_title: str, gap: float = 0.08) -> go.Figure:
+def grid(rows: Sequence[str], columns: Sequence[str], *, x_title: str, y_title: str = "", gap: float = 0.08) -> go.Figure:
     """Panels: a row for every task, named where there are several, by as many letters as there is room for."""
-    room = 72 // len(columns)
-    return make_subplots(
+    names = shown_texts(rows, 72 // len(columns))
+    figure = make_subplots(
         rows=len(rows),
         cols=len(columns),
-        subplot_titles=[f"{shown_text(row, room)}<br>{column}" if len(rows) > 1 else column for row in rows for column in columns],
+        subplot_titles=[f"{name}<br>{column}" if len(rows) > 1 else column for name in names for column in columns],
         x_title=x_title,
-        y_title=y_title,
         horizontal_spacing=gap,
         vertical_spacing=0.3 / max(len(rows), 2),
     )
+    # Beside every row, as nobody sees the whole of a figure of many.
+    return figure.update_yaxes(title_text=y_title, col=1)
+
+
+def on_one_scale(figure: go.Figure) -> go.Figure:
+    """The figure with one y axis for all panels, from 0."""
+    figure.update_yaxes(rangemode="tozero", matches="y")
+    # Which the first one is, and plotly warns of an axis that matches itself.
+    return figure.update_layout(yaxis_matches=None)
 
 
 def styled(figure: go.Figure, rows: int = 1) -> go.Figure:
     """The figure in the style of all, for so many rows of panels."""
     figure.update_annotations(font_size=14)
+    figure.update_yaxes(title_font_size=14)
     figure.update_layout(
         template="plotly_white",
         width=1000,
         height=265 + 250 * rows,
         title_font_size=16,
-        margin={"t": 135, "b": 110, "l": 80, "r": 60},
-        legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0.5, "xanchor": "center"},
+        margin={"t": 135, "b": 80, "l": 80, "r": 60},
+        # Hung 70 points below the panels, and so below the axis title; the margin grows with the legend's rows.
+        legend={"orientation": "h", "y": -70 / (50 + 250 * rows), "yanchor": "top", "x": 0.5, "xanchor": "center"},
     )
     return figure

@@ -19,6 +19,7 @@ from iclgd_lens.views.figure_style import (
     draws,
     error_bars,
     grid,
+    on_one_scale,
     rows_of,
     shown_text,
     some,
@@ -73,7 +74,7 @@ def smoothing_figure(frame: pd.DataFrame) -> go.Figure:
     by = ["task", "metric", "model", "layer"]
     summary = summarise(chosen, by=by)
     tasks, metrics = list(chosen["task"].unique()), list(SMOOTHING)
-    figure = grid(tasks, [title for title, _ in SMOOTHING.values()], x_title="layer", y_title="", gap=0.12)
+    figure = grid(tasks, [title for title, _ in SMOOTHING.values()], x_title="layer", gap=0.12)
     lines = _Lines(figure, chosen, "layer")
     for keys, group in summary.groupby(by[:-1], sort=False):
         task, metric, model = map(str, keys)
@@ -131,6 +132,7 @@ def head_figure(heads: pd.DataFrame, metric: str, method: str | None = None, mod
     largest = summary["mean"].abs().max()
     figure.update_layout(
         plot_bgcolor="#BBBBBB",
+        margin_b=110,
         coloraxis={
             "colorscale": "RdBu_r" if shown.signed else "Cividis",
             "cmin": -largest if shown.signed else 0.0,
@@ -168,7 +170,7 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
     for (task, model, name), group in _in_order(summary, ["task", "model", "series"]):
         lines.add(group, name, "trained", row=tasks.index(task) + 1, column=models.index(model) + 1)
     figure.update_xaxes(tick0=0, dtick=tick_step(int(chosen["layer"].max())))
-    figure.update_yaxes(rangemode="tozero", matches="y")
+    on_one_scale(figure)
     figure.update_layout(title=titled("Gold label by the logit lens", f"n = {draws(chosen)}, mean ± sd"), **BESIDE)
     return styled(figure, rows=len(tasks))
 
@@ -188,11 +190,9 @@ def k_figure(frame: pd.DataFrame) -> go.Figure:
     for (task, model, name), group in _in_order(summary, by[:-1]):
         lines.add(group, name, model, row=tasks.index(task) + 1, column=1)
     figure.update_xaxes(tickvals=sorted(chosen["k"].unique()))
-    figure.update_yaxes(rangemode="tozero", matches="y")
+    on_one_scale(figure)
     figure.update_layout(title=titled("Accuracy by k", f"n = {draws(chosen, per=('task', 'k'))}, mean ± sd"), **BESIDE)
-    styled(figure, rows=len(tasks))
-    # Hung below the axis title, so that the margin grows with the legend's rows.
-    return figure.update_layout(legend={"yref": "paper", "y": -0.22 / len(tasks), "yanchor": "top"}, margin_b=80)
+    return styled(figure, rows=len(tasks))
 
 
 def smoothing_rows(frame: pd.DataFrame) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from iclgd_lens.views.figure_style import (
     error_bars,
     grid,
     rows_of,
-    shown_text,
+    shown_texts,
     some,
     styled,
     tick_step,
@@ -49,7 +49,7 @@ def alpha_figure(frame: pd.DataFrame) -> go.Figure:
             name=METRIC_NAMES[str(metric)],
             marker_color=COLOURS[str(metric)],
         )
-    figure.update_xaxes(tickvals=[*range(len(tasks))], ticktext=[shown_text(task, 72 // len(tasks)) for task in tasks])
+    figure.update_xaxes(tickvals=[*range(len(tasks))], ticktext=shown_texts(tasks, 72 // len(tasks)))
     title = titled("α: how alike the updates of LCGD and GD are", f"n = {draws(chosen)}, mean ± sd")
     figure.update_layout(title=title, yaxis_title="cosine, mean over layers", barmode="group")
     return styled(figure)
@@ -174,8 +174,9 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
     summary = summarise(chosen, by=by).sort_values(by)
     tasks = list(chosen["task"].unique())
     titles = [METRIC_NAMES.get(metric, f"FT {metric}") for metric in metrics]
+    twins = [model for model in chosen["model"].unique() if model != "trained"]
     in_legend: set[tuple[str, str]] = set()
-    figure = grid(tasks, titles, x_title="learning rate", y_title="", gap=0.12)
+    figure = grid(tasks, titles, x_title="learning rate", gap=0.12)
     for keys, group in summary.groupby(by[:-1], sort=False):
         task, metric, model, method = map(str, keys)
         trained = model == "trained"
@@ -185,7 +186,7 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
             y=group["mean"],
             error_y=error_bars(group) if trained else None,
             mode="lines+markers" if trained else "lines",
-            line={"color": COLOURS[method], "dash": "solid" if trained else DOTS[0]},
+            line={"color": COLOURS[method], "dash": "solid" if trained else DOTS[twins.index(model) % len(DOTS)]},
             name=METHOD_NAMES[method] if trained else f"{METHOD_NAMES[method]}, {model}",
             legendgroup=f"{method} {model}",
             showlegend=(method, model) not in in_legend,

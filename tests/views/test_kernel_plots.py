@@ -74,6 +74,11 @@ def titles(figure: go.Figure) -> list[str]:
     return [annotation.text for annotation in figure.layout.annotations]
 
 
+def units(figure: go.Figure) -> list[str]:
+    """What stands beside the first panel of every row."""
+    return [axis.title.text for axis in figure.select_yaxes(col=1)]
+
+
 def series_and_model(trace: Any) -> tuple[str, str]:
     """The series of a line, and its model."""
     for name, series in SERIES.items():
@@ -106,8 +111,8 @@ def test_smoothing_lines_are_means_over_draws_by_layer_and_twins_dotted(found: C
 
 def test_smoothing_figure_names_its_units_and_draws(found: Comparison, tasks: tuple[str, ...]):
     figure = smoothing_figure(of(found.frame, tasks))
-    units = [figure.get_subplot(row + 1, column + 1).yaxis.title.text for row in range(len(tasks)) for column in range(2)]
-    assert units == ["share of attention", "share of the change"] * len(tasks)
+    named = [figure.get_subplot(row + 1, column + 1).yaxis.title.text for row in range(len(tasks)) for column in range(2)]
+    assert named == ["share of attention", "share of the change"] * len(tasks)
     assert titles(figure)[-1] == "layer"
     assert {axis.dtick for axis in figure.select_xaxes()} == {1}
     assert f">n = 2 draws{' per task' if len(tasks) > 1 else ''}, mean ± sd<" in figure.layout.title.text
@@ -133,8 +138,8 @@ def test_heat_maps_are_means_over_draws_head_by_head(found: Comparison, tasks: t
     assert titles(figure) == [
         *([f"{task}<br>{name}" for task in tasks for name in names] if len(tasks) > 1 else names),
         "head",
-        "layer",
     ]
+    assert units(figure) == ["layer"] * len(tasks)
     assert "mean over 2 draws" in figure.layout.title.text
     assert ("untrained" in figure.layout.title.text) == (model == "untrained")
 
@@ -160,7 +165,7 @@ NOT_NEGATIVE = ("demonstration_mass", "attention_agreement", "label_attention_ag
 
 def test_one_method_alone_can_be_drawn(found: Comparison):
     figure = head_figure(found.heads, "sim_am_delta", "lcgd", "trained")
-    assert titles(figure)[:-2] == [f"{task}<br>LCGD" for task in TASKS]
+    assert titles(figure)[:-1] == [f"{task}<br>LCGD" for task in TASKS]
     both = head_figure(found.heads, "sim_am_delta", model="trained")
     np.testing.assert_array_equal(figure.data[0].z, both.data[1].z)
 
@@ -170,7 +175,7 @@ def test_models_stand_below_each_other_on_one_scale(found: Comparison, tasks: tu
     figure = head_figure(heads, "sim_am_delta")
     rows = [(task, model) for task in tasks for model in ("trained", "untrained")]
     named = [f"{task}, {model}" if len(tasks) > 1 else model for task, model in rows]
-    assert titles(figure)[:-2] == [f"{row}<br>{method}" for row in named for method in ("GD", "LCGD")]
+    assert titles(figure)[:-1] == [f"{row}<br>{method}" for row in named for method in ("GD", "LCGD")]
     for trace in figure.data:
         (task, model), method = rows[place(trace) // 2], ("gd", "lcgd")[place(trace) % 2]
         about = {"task": task, "model": model, "method": method, "metric": "sim_am_delta"}
@@ -208,14 +213,14 @@ def test_trajectories_are_those_of_every_run_and_of_the_matched_iterates(found: 
         assert trace.line.color == COLOURS[series]
         seen.add((task, model, series))
     assert len(seen) == len(figure.data) == len(tasks) * 2 * 5
-    assert {axis.matches for axis in figure.select_yaxes()} == {"y"}
+    assert [axis.matches for axis in figure.select_yaxes()] == [None, *["y"] * (2 * len(tasks) - 1)]
+    assert units(figure) == ["probability of the gold label"] * len(tasks)
     legend = [trace.name for trace in figure.data if trace.showlegend]
     assert legend == ["ZSL", "ICL", "FT by GD", "FT by LCGD", "functional GD, tangent kernel"]
     panels = ["trained", "untrained"]
     assert titles(figure) == [
         *([f"{task}<br>{panel}" for task in tasks for panel in panels] if len(tasks) > 1 else panels),
         "layer",
-        "probability of the gold label",
     ]
     assert "n = 2 draws" in figure.layout.title.text
 
@@ -246,7 +251,9 @@ def test_accuracy_by_k_is_the_mean_over_draws_at_each_k(by_k: pd.DataFrame):
     assert {name: symbols[f"{name}, untrained"] for name in runs} == {name: f"{symbols[name]}-open" for name in runs}
     assert [trace.offsetgroup for trace in figure.data] == [trace.name for trace in figure.data]
     assert figure.layout.scattermode == "group"
-    assert titles(figure) == [*(f"{task}<br>accuracy" for task in TASKS), "demonstrations k", "share of queries"]
+    assert titles(figure) == [*(f"{task}<br>accuracy" for task in TASKS), "demonstrations k"]
+    assert units(figure) == ["share of queries"] * 2
+    assert [axis.matches for axis in figure.select_yaxes()] == [None, "y"]
     assert list(figure.layout.xaxis.tickvals) == [2, 3, 4]
     assert "n = 2 draws per task and k," in figure.layout.title.text
 

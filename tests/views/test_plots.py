@@ -11,7 +11,7 @@ from plotly import graph_objects as go
 
 from iclgd_lens import Comparison, compare, load_task
 from iclgd_lens.experiments.learning_rate import similarity_by_rate
-from iclgd_lens.views.figure_style import COLOURS, shown_text, tick_step
+from iclgd_lens.views.figure_style import COLOURS, shown_text, shown_texts, tick_step
 from iclgd_lens.views.plots import SIMILARITIES, alpha_figure, gradient_figure, layer_figure, rate_figure
 
 TASKS = ("bundled/remapped", "bundled/natural")
@@ -24,6 +24,12 @@ RATES = (0.01, 0.1)
 )
 def test_ticks_are_few_and_on_round_numbers(largest, step):
     assert tick_step(largest) == step
+
+
+def test_long_names_that_differ_are_told_apart():
+    assert shown_texts(["one", "other", "one"], 24) == ["one", "other", "one"]
+    names = [f"organisation/{letter}-a-data-set-with-a-long-name" for letter in "ab"]
+    assert shown_texts(names, 24) == ["…a-a-data-s…-a-long-name", "…b-a-data-s…-a-long-name"]
 
 
 def test_names_are_shown_letter_by_letter_and_no_longer_than_there_is_room():
@@ -72,6 +78,11 @@ def titles(figure: go.Figure) -> list[str]:
     return [annotation.text for annotation in figure.layout.annotations]
 
 
+def units(figure: go.Figure) -> list[str]:
+    """What stands beside the first panel of every row."""
+    return [axis.title.text for axis in figure.select_yaxes(col=1)]
+
+
 def test_alpha_bars_are_means_over_draws_and_their_errors_sds(found: Comparison, tasks: tuple[str, ...]):
     frame = of(found.frame, tasks)
     figure = alpha_figure(frame)
@@ -114,20 +125,24 @@ def test_layer_figure_names_its_axes_and_panels_and_every_series_once(found: Com
     assert titles(figure) == [
         *([f"{task}<br>{panel}" for task in tasks for panel in panels] if len(tasks) > 1 else panels),
         "layer",
-        "cosine",
     ]
+    assert units(figure) == ["cosine"] * len(tasks)
     legend = [trace.name for trace in figure.data if trace.showlegend]
     assert sorted(legend) == ["GD", "GD, untrained", "LCGD", "LCGD, untrained"]
     assert "mean ± sd" in figure.layout.title.text
 
 
-def test_several_twins_have_dashes_of_their_own(found: Comparison):
+def test_several_twins_have_dashes_of_their_own(found: Comparison, curve: pd.DataFrame):
     other = found.frame[found.frame["model"] == "untrained"].assign(model="untrained 1")
-    figure = layer_figure(pd.concat([found.frame, other]))
-    dashes = {trace.name: trace.line.dash for trace in figure.data if trace.type == "scatter"}
-    assert dashes == {
-        f"{method}, {model}": dash for method in ("GD", "LCGD") for model, dash in (("untrained", "dot"), ("untrained 1", "dash"))
-    }
+    of_layers = layer_figure(pd.concat([found.frame, other]))
+    of_rates = rate_figure(pd.concat([curve, *(curve.assign(model=model) for model in ("untrained", "untrained 1"))]))
+    for figure in (of_layers, of_rates):
+        dashes = {trace.name: trace.line.dash for trace in figure.data if "untrained" in trace.name}
+        assert dashes == {
+            f"{method}, {model}": dash
+            for method in ("GD", "LCGD")
+            for model, dash in (("untrained", "dot"), ("untrained 1", "dash"))
+        }
 
 
 def test_layer_figure_does_without_a_twin_a_method_or_a_second_draw(found: Comparison):
@@ -156,8 +171,9 @@ def test_heat_maps_are_mean_gradient_norms_and_lcgd_s_their_decimal_logarithms(f
                 mean = chosen[(chosen["layer"] == layer) & (chosen["step"] == step)]["gradient_norm"].mean()
                 assert trace.z[layer][step] == pytest.approx(mean if method == "gd" else np.log10(mean), abs=1e-9)
                 assert trace.customdata[layer][step] == pytest.approx(mean)
-    assert titles(figure)[-2:] == ["demonstration", "layer"]
-    assert [title.split("<br>")[-1] for title in titles(figure)[:-2]] == ["GD", "LCGD, log scale"] * len(tasks)
+    assert titles(figure)[-1] == "demonstration"
+    assert units(figure) == ["layer"] * len(tasks)
+    assert [title.split("<br>")[-1] for title in titles(figure)[:-1]] == ["GD", "LCGD, log scale"] * len(tasks)
 
 
 def test_ticks_of_a_log_scale_stand_at_the_logarithms_of_what_they_say(found: Comparison):
@@ -261,7 +277,7 @@ def test_several_k_in_one_mean_are_told(found: Comparison):
 
 
 def test_steps_of_several_epochs_are_not_called_demonstrations(found: Comparison):
-    assert titles(gradient_figure(found.gradients.assign(epochs=2)))[-2].startswith("step")
+    assert titles(gradient_figure(found.gradients.assign(epochs=2)))[-1].startswith("step")
 
 
 def test_a_rate_at_which_a_method_diverged_is_a_point_less(curve: pd.DataFrame):

@@ -164,7 +164,8 @@ def test_figures_are_drawn_one_by_one_by_a_library_that_is_there_before_they_are
 OVERLAPS = """
 [...document.querySelectorAll('.js-plotly-plot')].flatMap((plot) => {
   const whole = plot.getBoundingClientRect();
-  const texts = [...plot.querySelectorAll('.gtitle, .annotation-text, .legendtext, .ytitle')].map((text) => {
+  const lines = (text) => (text.querySelector('.line') ? [...text.querySelectorAll('.line')] : [text]);
+  const texts = [...plot.querySelectorAll('svg text')].flatMap(lines).filter((line) => line.textContent).map((text) => {
     const box = text.getBoundingClientRect();
     return { said: text.textContent, left: box.left, right: box.right, top: box.top + 1, bottom: box.bottom - 1 };
   });
@@ -177,13 +178,13 @@ OVERLAPS = """
 
 
 @pytest.mark.parametrize("width", [1280, 700])
-def test_titles_lie_within_their_figures_and_apart(chromium, run, tmp_path, width):
-    """Of two tasks with names far too long, and two twins."""
+def test_texts_lie_within_their_figures_and_apart(chromium, run, tmp_path, width):
+    """Of six tasks with names far too long, and two twins."""
     frames = {}
     for name, frame in run.frames.items():
         frame = pd.concat([frame, frame[frame["model"] == "untrained"].assign(model="untrained, ln kept")])
-        frames[name] = pd.concat([frame.assign(task=f"{task} task whose name nobody thought about") for task in ("one", "other")])
-    frames["curve"] = pd.concat([frames["frame"].assign(lr=lr) for lr in (0.02, 0.1)])
+        frames[name] = pd.concat([frame.assign(task=f"task {task} whose name nobody thought about") for task in range(6)])
+    frames["curve"] = pd.concat([frames["frame"].assign(lr=lr) for lr in (0.0001, 0.001, 0.01, 0.1)])
     written = {name: drawn.figure.update_layout(width=width - 60) for name, drawn in figures(frames).items()}
     assert {"learning_rate", "trajectories", "heads_contribution_inner_kendall"} <= set(written)
     bodies = [figure.to_html(include_plotlyjs=False, full_html=False) for figure in written.values()]
