@@ -6,14 +6,13 @@ Every parameter is random, norm scales and all biases too, so that an error in t
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from iclgd_lens.data.prompts import Demonstration, Query
+from iclgd_lens.models.hooked import HookedTransformer, NoHookedTransformerError, make_hooked_transformer
 
 BOS = 1
 D_VOCAB = 40
@@ -80,13 +79,17 @@ def make_model(shape: str = "three_layers", seed: int = 0, **changes: Any) -> Ho
         "init_weights": False,
         "device": "cpu",
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(HookedTransformerConfig(**{**settings, **SHAPES[shape], **changes}))
+    model = make_hooked_transformer({**settings, **SHAPES[shape], **changes}, what="a model of the zoo")
     _draw(model, torch.Generator().manual_seed(seed))
     if model.cfg.tie_word_embeddings:
         model.unembed.W_U.data = model.embed.W_E.data.T.clone()
     return model.eval()
+
+
+def require_hooked_transformer() -> None:
+    """Skip the test where there is no such class."""
+    if HookedTransformer is None:
+        raise NoHookedTransformerError("this test")
 
 
 def in_float64(model: HookedTransformer) -> HookedTransformer:

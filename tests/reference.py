@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import Demonstration, Query
+from iclgd_lens.models.hooked import HookedTransformer
 
 PARAMETERS = ("W_K", "b_K", "W_V", "b_V")
 

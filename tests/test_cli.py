@@ -5,11 +5,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
-from transformer_lens import HookedTransformer
 from typer.testing import CliRunner
 
 from iclgd_lens import AttentionExample, load_task
 from iclgd_lens.cli import app
+from iclgd_lens.models.hooked import HookedModel
+from tests.models_zoo import require_hooked_transformer
 
 
 def run(*arguments: str):
@@ -20,7 +21,7 @@ def small_demo(folder, *more: str):
     return run("demo", "--episodes", "2", "--k", "3", "--queries", "4", "--device", "cpu", "--out", str(folder), *more)
 
 
-def assert_reported(folder: Path, model: HookedTransformer, words: str, seed: int = 0) -> None:
+def assert_reported(folder: Path, model: HookedModel, words: str, seed: int = 0) -> None:
     """The report begins with these words, and its example is of the first episode, of three demonstrations and four queries."""
     page = (folder / "report.html").read_text()
     assert f"<p>{words}" in page
@@ -81,6 +82,7 @@ def test_demo_trains_on_labels_when_asked(bundled, tmp_path):
 
 
 def test_train_bundled_writes_weights_and_prints_what_they_can_do(tmp_path):
+    require_hooked_transformer()
     result = run("train-bundled", "--steps", "1", "--episodes", "1", "--out", str(tmp_path / "w.safetensors"))
     assert result.exit_code == 0, result.output
     assert (tmp_path / "w.safetensors").is_file()

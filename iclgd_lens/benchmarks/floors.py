@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.models.readout import column_blocks
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.sites import sites_of
 
 Step = Callable[[], object]
 
@@ -159,7 +159,7 @@ def _leaves(model: HookedTransformer, projected: list[Tensor], *, first_only: bo
     def cut(tensor: Tensor, hook: Any) -> Tensor:
         return hold(tensor.detach().requires_grad_(), hook)
 
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     return [
         (name, hold if first_only and layer else cut)
         for layer in range(sites.n_layers)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.benchmarks.memory import allocated_peak, graph_memory
 from iclgd_lens.benchmarks.models import Sizes, make_model, random_episode
 from iclgd_lens.benchmarks.timing import fit_exponent
 from iclgd_lens.data.episodes import Episode
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.gradient import gd, lcgd
 from iclgd_lens.views.sheets import Column, Sheet

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.benchmarks.floors import Products, Step, forward_passes, in_turn, layerwise_passes, output_passes
 from iclgd_lens.benchmarks.models import Sizes, build_model, random_episode
@@ -21,7 +20,8 @@ from iclgd_lens.benchmarks.naive import PARAMETERS, naive_capture, naive_compare
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.experiments.compare import compare
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.hooked import HookedTransformer
+from iclgd_lens.models.sites import sites_of
 from iclgd_lens.models.untrained import untrained_twin
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ParameterUpdate
@@ -185,7 +185,7 @@ def _gd(setting: Setting) -> Work:
 
 def _ft_capture(setting: Setting) -> Work:
     model, queries, part = setting.model, setting.episode.queries, setting.part
-    sites, hooks = HookSites.of(model), gd(model, setting.episode.demonstrations, lr=setting.lr).fwd_hooks(model)
+    sites, hooks = sites_of(model), gd(model, setting.episode.demonstrations, lr=setting.lr).fwd_hooks(model)
     products = Products.of(model)
 
     def ours() -> None:

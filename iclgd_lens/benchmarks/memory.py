@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformer_lens import HookedTransformer
+
+from iclgd_lens.models.hooked import HookedTransformer
 
 T = TypeVar("T")
 

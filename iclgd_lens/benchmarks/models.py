@@ -10,17 +10,16 @@ Cost depends on shapes, not on what was learned, so nothing is fetched. Weights 
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from iclgd_lens.data.episodes import Episode, require_fit
 from iclgd_lens.data.prompts import Demonstration, Query
+from iclgd_lens.models.hooked import HookedTransformer, make_hooked_transformer
 from iclgd_lens.models.loading import load_model, parse_device
 from iclgd_lens.models.untrained import draw_weights
 
@@ -92,7 +91,7 @@ def build_model(
     if shape != "bundled" and shape not in SHAPES:
         raise ValueError(f"model must be one of bundled, {', '.join(SHAPES)}; got {shape!r}")
     if shape == "bundled":
-        return load_model("bundled", device=device, dtype=dtype)
+        return cast(HookedTransformer, load_model("bundled", backend="hooked", device=device, dtype=dtype))
     return make_model(SHAPES[shape], device=device, dtype=dtype, seed=seed)
 
 
@@ -104,10 +103,9 @@ def make_model(
     Raises:
         ValueError: If there is no such device.
     """
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", DeprecationWarning)
-        cfg = HookedTransformerConfig(**shape, init_weights=False, device=parse_device(device), dtype=dtype)
-        model = HookedTransformer(cfg)
+    with torch.random.fork_rng(devices=[]):
+        settings = {**shape, "init_weights": False, "device": parse_device(device), "dtype": dtype}
+        model = make_hooked_transformer(settings, what="a benchmark's model")
     draw_weights(model, torch.Generator().manual_seed(seed))
     return model.eval()
 

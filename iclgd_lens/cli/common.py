@@ -25,6 +25,10 @@ Data = Annotated[
     typer.Option(help="Folder of local data, as TASK/SPLIT.csv, .jsonl or .parquet; else the hub.", envvar="ICLGD_DATA"),
 ]
 DType = Annotated[Literal["float32", "float64", "bfloat16", "float16"], typer.Option(help="The dtype of the weights.")]
+Backend = Annotated[
+    Literal["auto", "hooked", "bridge"],
+    typer.Option(help="Load it as a HookedTransformer or a TransformerBridge; auto: the first, where TransformerLens has it."),
+]
 Device = Annotated[str | None, typer.Option(help="A torch device, such as cpu or cuda. By default CUDA where there is one.")]
 LossOn = Annotated[
     Literal["demonstration", "label"], typer.Option(help="Take the loss on the whole demonstration or on its label alone.")
@@ -80,9 +84,11 @@ def progress_bar() -> Progress:
 
 @contextmanager
 def errors_for_people() -> Iterator[None]:
-    """Turn errors about values and files into one line and exit status 2; others are defects and keep their trace."""
+    """Turn errors about values, files and what is not installed into one line and exit status 2; others are defects and keep their
+    trace.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         errors.print("[bold red]error:[/bold red]", Text(str(error)))
         raise typer.Exit(2) from error

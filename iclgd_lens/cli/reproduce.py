@@ -12,6 +12,7 @@ from rich.text import Text
 
 from iclgd_lens.cli.common import (
     MOST_SEED,
+    Backend,
     Data,
     Device,
     DType,
@@ -75,6 +76,7 @@ def reproduce(
         typer.Option(min=1, help="Held-out draws to choose learning rates on. By default 3, and 10 for bundled tasks."),
     ] = None,
     tuning_queries: Annotated[int, typer.Option(min=1, help="Queries of each held-out draw, at most.")] = 64,
+    backend: Backend = "auto",
     device: Device = None,
     dtype: DType = "float32",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Queries that run at once. By default as many as fit.")] = None,
@@ -122,7 +124,7 @@ def reproduce(
             # So small that threads cost more than they bring.
             torch.set_num_threads(1)
         with console.status(Text(f"loading the model {model}")):
-            loaded = load_model(model, device=device, dtype=getattr(torch, dtype), process_weights=process_weights)
+            loaded = load_model(model, backend=backend, device=device, dtype=getattr(torch, dtype), process_weights=process_weights)
         name = shown_name(model)
         begin_run(out)
         with progress_bar() as progress:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from iclgd_lens.cli.common import console, progress_bar
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-
     from iclgd_lens.data.episodes import Episode
     from iclgd_lens.data.tasks import Task
     from iclgd_lens.experiments.comparison import Comparison
+    from iclgd_lens.models.hooked import HookedModel
 
 
 def compare_episodes(
-    model: HookedTransformer,
+    model: HookedModel,
     task: Task,
     out: Path,
     *,
@@ -56,7 +55,7 @@ def compare_episodes(
 
 def close_run(
     out: Path,
-    model: HookedTransformer,
+    model: HookedModel,
     name: str,
     run: Mapping[str, Any],
     episode: Episode,

@@ -24,12 +24,12 @@ from typing import Any, Literal
 
 import datasets
 import torch
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode, how_many_fit, require_fit
 from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query
 from iclgd_lens.data.rows import Example, checked_examples, read_csv, read_jsonl
 from iclgd_lens.draws import shuffled
+from iclgd_lens.models.hooked import HookedModel
 
 MOST_DEMONSTRATIONS = 32
 """How many demonstrations `k="fit"` draws before it keeps those that fit; the paper's number."""
@@ -81,7 +81,7 @@ class Task:
         """The task to report results on if options were chosen on `for_tuning`."""
         return self if self.reporting is None else replace(self.reporting, name=self.name)
 
-    def demonstrations(self, model: HookedTransformer, k: int, seed: int = 0) -> Episode:
+    def demonstrations(self, model: HookedModel, k: int, seed: int = 0) -> Episode:
         """Draw demonstrations to make an update on, without queries: they need not fit the context window together.
 
         Args:
@@ -94,7 +94,7 @@ class Task:
         return replace(drawn, demonstrations=fitting, queries=())
 
     def episode(
-        self, model: HookedTransformer, k: int | Literal["fit"] = 12, n_queries: int = 64, seed: int = 0, order: int = 0
+        self, model: HookedModel, k: int | Literal["fit"] = 12, n_queries: int = 64, seed: int = 0, order: int = 0
     ) -> Episode:
         """Draw an episode and tokenise it for a model.
 
@@ -125,7 +125,7 @@ class Task:
         require_fit(episode.demonstrations, episode.queries, model.cfg.n_ctx)
         return episode.reordered(order)
 
-    def _tokenised(self, model: HookedTransformer, k: int, n_queries: int, seed: int) -> Episode:
+    def _tokenised(self, model: HookedModel, k: int, n_queries: int, seed: int) -> Episode:
         """Draw at most k demonstrations and `n_queries` queries, and tokenise them."""
         tokenizer = model.tokenizer
         if tokenizer is None:

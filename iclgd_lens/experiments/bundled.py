@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 import pandas as pd
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.bundled import bundled_task
 from iclgd_lens.metrics.agreement import accuracy
 from iclgd_lens.models.bundled.language import Labelling
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.untrained import untrained_twin
 from iclgd_lens.runs.capture import capture
 
@@ -22,7 +22,7 @@ SETTINGS: tuple[tuple[int, int], ...] = ((2, 12), (2, 2), (2, 4), (2, 8), (3, 12
 
 
 def measure_bundled(
-    model: HookedTransformer,
+    model: HookedModel,
     *,
     episodes: int = 200,
     queries: int = 4,

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.controls import permuted, shuffled_labels
 from iclgd_lens.data.episodes import Episode
@@ -39,6 +38,7 @@ from iclgd_lens.experiments.measure import (
 from iclgd_lens.metrics.agreement import false_to_true
 from iclgd_lens.metrics.controls import random_update
 from iclgd_lens.metrics.similarity import sim_am
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.runs.activations import Activations, Kept
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule
@@ -71,12 +71,12 @@ OF_HEADS = ("sim_am", "sim_am_delta")
 
 
 def compare(
-    model: HookedTransformer,
+    model: HookedModel,
     episode: Episode,
     methods: Sequence[Method] = ("gd", "lcgd"),
     *,
     lr: float | Mapping[str, float] = 0.01,
-    untrained: HookedTransformer | None = None,
+    untrained: HookedModel | None = None,
     controls: Sequence[Control] = ("random",),
     other: Episode | None = None,
     loss_on: LossOn = "demonstration",
@@ -185,7 +185,7 @@ class Reference:
         tick: Called after every run.
     """
 
-    model: HookedTransformer
+    model: HookedModel
     episode: Episode
     called: str
     zsl: Activations
@@ -196,7 +196,7 @@ class Reference:
     @classmethod
     def of(
         cls,
-        model: HookedTransformer,
+        model: HookedModel,
         episode: Episode,
         *,
         called: str = "trained",

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformer_lens import HookedTransformer
-
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.registry import load_task
 from iclgd_lens.data.tasks import Task
 from iclgd_lens.experiments.protocol import Protocol
+from iclgd_lens.models.hooked import HookedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +45,7 @@ def tunes(protocol: Protocol) -> bool:
     return protocol.lr == "auto" or protocol.lr_curve
 
 
-def draw_to_report(protocol: Protocol, tasks: Mapping[str, Task], name: str, model: HookedTransformer) -> list[Draw]:
+def draw_to_report(protocol: Protocol, tasks: Mapping[str, Task], name: str, model: HookedModel) -> list[Draw]:
     """Draw what is reported of a task: every seed, in every order.
 
     Raises:
@@ -65,7 +64,7 @@ def draw_to_report(protocol: Protocol, tasks: Mapping[str, Task], name: str, mod
     return draws
 
 
-def draw_for_tuning(protocol: Protocol, task: Task, name: str, model: HookedTransformer) -> list[Episode]:
+def draw_for_tuning(protocol: Protocol, task: Task, name: str, model: HookedModel) -> list[Episode]:
     """Draw what learning rates are chosen on; nothing if the protocol chooses none.
 
     Raises:

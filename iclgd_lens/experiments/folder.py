@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.experiments.comparison import COLUMNS, PARTS
 from iclgd_lens.experiments.results import EPISODE, write_frame
 from iclgd_lens.files import write_text
 from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.hooked import HookedModel
 
 PACKAGES = ("iclgd-lens", "transformer-lens", "torch", "transformers", "tokenizers", "datasets", "numpy")
 SHAPE = ("n_layers", "n_heads", "d_model", "d_head", "n_ctx", "d_vocab", "normalization_type", "positional_embedding_type")
@@ -86,7 +86,7 @@ def write_frames(folder: Path, frames: Mapping[str, pd.DataFrame]) -> None:
         write_frame(frame, folder / f"{name}.parquet")
 
 
-def write_setting(folder: Path, model: HookedTransformer, name: str, run: Mapping[str, Any]) -> None:
+def write_setting(folder: Path, model: HookedModel, name: str, run: Mapping[str, Any]) -> None:
     """Write the model's name, shape and fingerprint, what was run, and versions, as JSON.
 
     Args:
@@ -98,6 +98,7 @@ def write_setting(folder: Path, model: HookedTransformer, name: str, run: Mappin
     setting = {
         "model": {
             "name": name,
+            "class": type(model).__name__,
             "fingerprint": fingerprint(model),
             "dtype": str(model.cfg.dtype).removeprefix("torch."),
             "device": str(model.cfg.device),

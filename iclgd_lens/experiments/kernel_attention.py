@@ -14,7 +14,6 @@ from typing import get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
@@ -34,6 +33,7 @@ from iclgd_lens.kernels.implied import (
 from iclgd_lens.kernels.smoother import Decomposition, decompose
 from iclgd_lens.metrics.ranking import shuffled_weights
 from iclgd_lens.metrics.similarity import OUTPUT_ROUNDING, cosine, difference
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.runs.activations import Activations
 from iclgd_lens.runs.capture import ATTENTION, capture_batches
 from iclgd_lens.updates.attribution import Attribution
@@ -68,7 +68,7 @@ class AttentionViews:
 
 
 def attention_views(
-    model: HookedTransformer,
+    model: HookedModel,
     episode: Episode,
     updates: Mapping[str, ParameterUpdate],
     runs: Mapping[str, Activations],

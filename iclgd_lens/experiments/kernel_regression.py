@@ -14,7 +14,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.draws import shuffled
@@ -35,6 +34,7 @@ from iclgd_lens.kernels.labels import (
 )
 from iclgd_lens.kernels.linearity import label_step, linearity, own_layer_change
 from iclgd_lens.kernels.tangent import TangentKernel
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.precision import wide
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ParameterUpdate, UpdateSettings
@@ -211,7 +211,7 @@ def _where_defined(
 
 
 def tangent_rows(
-    model: HookedTransformer,
+    model: HookedModel,
     episode: Episode,
     kernel: TangentKernel,
     settings: UpdateSettings,
@@ -338,7 +338,7 @@ def _stable_rate(kernel: Float[Tensor, "point point"]) -> float:
 
 
 def epoch_rows(
-    model: HookedTransformer,
+    model: HookedModel,
     episode: Episode,
     update: ParameterUpdate,
     lens_logits: Float[Tensor, "query layer label"],

@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from transformer_lens import HookedTransformer
-
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Query
 from iclgd_lens.experiments.kernel_attention import attention_views
@@ -27,7 +25,8 @@ from iclgd_lens.experiments.measure import Row
 from iclgd_lens.kernels.labels import one_hot_labels
 from iclgd_lens.kernels.tangent import first_label_tokens, tangent_kernel
 from iclgd_lens.metrics.agreement import label_distribution
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.hooked import HookedModel
+from iclgd_lens.models.sites import sites_of
 from iclgd_lens.runs.activations import Activations
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ParameterUpdate
@@ -40,14 +39,14 @@ TICKS = 4
 """How often `kernel_rows` reports progress."""
 
 
-def require_kernel_views(model: HookedTransformer, episode: Episode) -> None:
+def require_kernel_views(model: HookedModel, episode: Episode) -> None:
     """Check before anything runs that the kernel views of an episode can be computed.
 
     Raises:
         ValueError: If there are too few queries or demonstrations, a label is unknown, two label words share their first token, or
             the model's heads cannot be told apart.
     """
-    HookSites.of(model).require_separate_heads()
+    sites_of(model).require_separate_heads()
     first_label_tokens(episode.queries)
     Labels.of(episode)
     if len(episode.queries) < LEAST_QUERIES:
@@ -59,7 +58,7 @@ def require_kernel_views(model: HookedTransformer, episode: Episode) -> None:
 
 
 def kernel_rows(
-    model: HookedTransformer,
+    model: HookedModel,
     episode: Episode,
     runs: Mapping[str, Activations],
     updates: Mapping[str, ParameterUpdate],

@@ -12,11 +12,11 @@ from itertools import count, islice
 from typing import Any
 
 import pandas as pd
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.compare import METHODS, Method, Reference
 from iclgd_lens.metrics.agreement import accuracy, label_loss
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ALL_PARAMETERS
 from iclgd_lens.updates.gradient import DivergedError
@@ -40,7 +40,7 @@ def held_out_seeds(reported: Collection[int], n: int = 3) -> tuple[int, ...]:
 
 
 def search(
-    model: HookedTransformer,
+    model: HookedModel,
     episodes: Sequence[Episode],
     methods: Sequence[Method] = ("gd", "lcgd"),
     grid: Sequence[float] = GRID,
@@ -106,7 +106,7 @@ def choose(searched: pd.DataFrame) -> dict[str, float]:
 
 
 def similarity_by_rate(
-    model: HookedTransformer,
+    model: HookedModel,
     episodes: Sequence[Episode],
     methods: Sequence[Method] = ("gd", "lcgd"),
     grid: Sequence[float] = GRID,

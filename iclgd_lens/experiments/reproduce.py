@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.cells import cell
@@ -30,6 +29,7 @@ from iclgd_lens.experiments.learning_rate import choose, search, similarity_by_r
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.experiments.protocol import TWINS, Protocol
 from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.untrained import untrained_twin
 
 
@@ -73,7 +73,7 @@ NOT_NUMERIC = ("model_name", "tokenizer_name", "device", "n_devices", "seed", "i
 
 
 def reproduce(
-    model: HookedTransformer,
+    model: HookedModel,
     protocol: Protocol,
     out: str | Path,
     *,
@@ -121,7 +121,7 @@ def reproduce(
     return results
 
 
-def _model_key(model: HookedTransformer) -> dict[str, Any]:
+def _model_key(model: HookedModel) -> dict[str, Any]:
     """What a model's results depend on: its weights, their dtype, and the numbers of its configuration."""
     config = {
         name: value
@@ -135,7 +135,7 @@ def _model_key(model: HookedTransformer) -> dict[str, Any]:
 class _Run:
     """A protocol on its way through its cells."""
 
-    model: HookedTransformer
+    model: HookedModel
     protocol: Protocol
     folder: Path
     model_key: Mapping[str, Any]
@@ -271,13 +271,13 @@ class _Run:
                 about = f"{episode.task}, seed {episode.seed}, order {episode.order}, {called}"
                 yield Comparison(**self._cell(about, key, PARTS, make, n_runs(self.protocol.methods, controls)))
 
-    def _subject(self, called: str, seed: int) -> HookedTransformer:
+    def _subject(self, called: str, seed: int) -> HookedModel:
         return self.model if called == "trained" else untrained_twin(self.model, seed=seed, keep=TWINS[called])
 
     def _compare(
         self,
         called: str,
-        subject: Callable[[], HookedTransformer],
+        subject: Callable[[], HookedModel],
         controls: tuple[Control, ...],
         episode: Episode,
         other: Episode | None,

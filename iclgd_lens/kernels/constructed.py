@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from iclgd_lens.data.prompts import Demonstration, Query, demonstrations_digest
 from iclgd_lens.kernels.smoother import nadaraya_watson
 from iclgd_lens.metrics.similarity import sim_aou
 from iclgd_lens.models.fingerprint import fingerprint
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.hooked import HookedTransformer, make_hooked_transformer
+from iclgd_lens.models.sites import sites_of
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ParameterUpdate, UpdateSettings
 
@@ -73,7 +73,7 @@ def linear_attention(model: HookedTransformer) -> Iterator[HookedTransformer]:
 
     Afterwards, also after an exception, the model is as before. Scores keep their factor of 1/√d_head.
     """
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     seen: list[Tensor] = []
 
     def remember(scores: Float[Tensor, "batch head query_pos key_pos"], hook: Any) -> None:
@@ -254,20 +254,20 @@ def _pair_model(
     Scores are x·x' times `temperature`; by default they are as TransformerLens scales them, x·x' / √d_head.
     """
     n_tokens, d_model = pairs.shape
-    config = HookedTransformerConfig(
-        model_name=name,
-        n_layers=1,
-        d_model=d_model,
-        n_ctx=examples + 2,
-        d_head=d_model,
-        n_heads=1,
-        d_vocab=1 + n_tokens,
-        attn_only=True,
-        normalization_type=None,
-        init_weights=False,
-        device="cpu",
-    )
-    model = HookedTransformer(config)
+    settings: dict[str, Any] = {
+        "model_name": name,
+        "n_layers": 1,
+        "d_model": d_model,
+        "n_ctx": examples + 2,
+        "d_head": d_model,
+        "n_heads": 1,
+        "d_vocab": 1 + n_tokens,
+        "attn_only": True,
+        "normalization_type": None,
+        "init_weights": False,
+        "device": "cpu",
+    }
+    model = make_hooked_transformer(settings, what="a model of known behaviour")
     of_x = torch.diag((torch.arange(d_model) < n_x).float())
     identity = torch.eye(d_model)
     with torch.no_grad():

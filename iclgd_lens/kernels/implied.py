@@ -27,14 +27,14 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, demonstrations_digest
 from iclgd_lens.draws import reordered
 from iclgd_lens.metrics.ranking import kendall_tau, spearman_rho, top_k_recall, weight_cosine
 from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.precision import wide
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.sites import sites_of
 from iclgd_lens.runs.activations import Activations, require_context, require_not_updated
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.attribution import Attribution
@@ -116,9 +116,7 @@ def implied_attention(
     return summed.index_add_(-1, places[behind_bos], weights[..., behind_bos])
 
 
-def demonstration_queries(
-    model: HookedTransformer, demonstrations: Sequence[Demonstration]
-) -> Float[Tensor, "layer token head d_head"]:
+def demonstration_queries(model: HookedModel, demonstrations: Sequence[Demonstration]) -> Float[Tensor, "layer token head d_head"]:
     """The attention queries of the demonstrations' tokens behind BOS, each demonstration being run on its own: what
     `proxy_attention` compares with. They are `x W_Q + b_Q`, before any rotation.
 
@@ -136,14 +134,14 @@ def demonstration_queries(
     inputs = rearrange(run.own_inputs, "demonstration layer pos d_model -> demonstration pos layer d_model")[
         from_end <= lengths[:, None]
     ]
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     with torch.no_grad():
         return torch.stack([wide(sites.project_queries(layer, inputs[:, layer])) for layer in range(sites.n_layers)])
 
 
 @torch.no_grad()
 def proxy_attention(
-    model: HookedTransformer, zsl: Activations, trained: Float[Tensor, "layer token head d_head"]
+    model: HookedModel, zsl: Activations, trained: Float[Tensor, "layer token head d_head"]
 ) -> Float[Tensor, "query layer head token"]:
     """The proxy of Dai et al. 2023 for the attention of a finetuned model to its training tokens (module docstring).
 
@@ -158,7 +156,7 @@ def proxy_attention(
     require_not_updated(zsl=zsl)
     if zsl.model != (found := fingerprint(model)):
         raise ValueError(f"the run is of another model: its fingerprint is {zsl.model}, and this one's is {found}")
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     layers = []
     for layer in range(sites.n_layers):
         asking = wide(sites.project_queries(layer, zsl.own_inputs[:, layer, -1]))

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import Demonstration, Query
 from iclgd_lens.kernels.tangent import first_label_tokens
 from iclgd_lens.metrics.similarity import cosine
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import LogitLens
-from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.models.sites import HookSites, NamedHook, sites_of
 from iclgd_lens.runs.capture import batches_by_length
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.dual import ALL_PARAMETERS, ParameterUpdate, Schedule
@@ -60,7 +60,7 @@ def linearity(predicted: Float[Tensor, "layer query label"], actual: Float[Tenso
 
 
 def label_step(
-    model: HookedTransformer,
+    model: HookedModel,
     demonstrations: Sequence[Demonstration],
     queries: Sequence[Query],
     *,
@@ -90,7 +90,7 @@ def label_step(
 
 
 def own_layer_change(
-    model: HookedTransformer, update: ParameterUpdate, queries: Sequence[Query], *, batch_size: int = 8
+    model: HookedModel, update: ParameterUpdate, queries: Sequence[Query], *, batch_size: int = 8
 ) -> Float[Tensor, "layer query label"]:
     """The change of every layer's label logits under the update of that layer alone, its inputs held as they were.
 
@@ -100,7 +100,7 @@ def own_layer_change(
     Raises:
         ValueError: If the update belongs to another model, or as `first_label_tokens`.
     """
-    sites, firsts = HookSites.of(model), first_label_tokens(queries).to(model.cfg.device)
+    sites, firsts = sites_of(model), first_label_tokens(queries).to(model.cfg.device)
     lens = LogitLens.of(model, firsts)
     change = torch.zeros(sites.n_layers, len(queries), len(firsts), dtype=wide_dtype(model.cfg.dtype), device=model.cfg.device)
     with torch.no_grad():
@@ -131,5 +131,5 @@ def _label_logits(
         hooks.append((sites.residual_out[layer], lambda residual, hook: logits.append(wide(lens(residual[:, -1])))))
     # On before the update's, so that the update reads a block's input as it is put back.
     with sites.attach(hooks), nullcontext() if update is None else update.attached(sites.model):
-        Prefix.empty(sites.model).continue_with(prompts, [])
+        Prefix.empty(sites).continue_with(prompts, [])
     return torch.stack(logits)

@@ -32,13 +32,13 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, Query
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import LogitLens
-from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.models.sites import HookSites, NamedHook, sites_of
 from iclgd_lens.runs.capture import batches_by_length
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.backward import Recorder, pull_back
@@ -91,7 +91,7 @@ class TangentKernel:
 @torch.inference_mode(False)
 @torch.no_grad()
 def tangent_kernel(
-    model: HookedTransformer,
+    model: HookedModel,
     demonstrations: Sequence[Demonstration],
     queries: Sequence[Query],
     *,
@@ -115,7 +115,7 @@ def tangent_kernel(
         ValueError: If there are no demonstrations, one has no label index, two label words share their first token, or a parameter
             is unknown.
     """
-    sites, firsts = HookSites.of(model), first_label_tokens(queries)
+    sites, firsts = sites_of(model), first_label_tokens(queries)
     targets = torch.nn.functional.one_hot(_label_indices(demonstrations, len(firsts)), len(firsts))
     require_known_tokens([*demonstrations, *queries], model.cfg.d_vocab)
     trained = require_parameters(parameters)
@@ -192,7 +192,7 @@ class _Reader:
     ) -> None:
         """Call a function with every layer of every batch; what it does not keep is dropped before the next layer runs."""
         lengths = [len(prompt) for prompt in prompts]
-        whole = Prefix.empty(self.sites.model)
+        whole = Prefix.empty(self.sites)
         with torch.enable_grad():
             for rows in batches_by_length(lengths, self.batch_size, self.sites.exchangeable_padding):
                 hooks: list[NamedHook] = []

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from transformer_lens import HookedTransformer
+
+from iclgd_lens.models.hooked import HookedModel
 
 _SAMPLES = 1024
 _STRIDE = 2_654_435_761
 """A large prime: multiples of it, modulo a parameter's size, visit rows, columns and heads alike."""
 
 
-def fingerprint(model: HookedTransformer) -> str:
+def fingerprint(model: HookedModel) -> str:
     """Digest a model's parameter names, shapes and up to 1024 values of each parameter, spread all over it, as 16 hex digits.
 
     Reading a sample keeps this cheap for large models: a training step changes nearly every value and is always seen, an edit of

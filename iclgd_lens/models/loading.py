@@ -8,77 +8,164 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import torch
-from transformer_lens import HookedTransformer, loading_from_pretrained
-from transformer_lens.loading_from_pretrained import make_model_alias_map
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from iclgd_lens import hub
 from iclgd_lens.models.bundled.learner import load_bundled
+from iclgd_lens.models.hooked import HookedModel, HookedTransformer, NoHookedTransformerError, is_bridge, make_bridge
+from iclgd_lens.models.readout import LogitLens
+from iclgd_lens.models.sites import sites_of
+
+Backend = Literal["auto", "hooked", "bridge"]
+"""Which of TransformerLens's classes a model is loaded as."""
 
 SAME_OUTPUTS = {64: 1e-5, 32: 1e-4, 16: 0.05}
 """How much log-probabilities may differ between a model and its conversion, relative to the largest, by the bits of its dtype."""
 
 
 def load_model(
-    name: str | Path = "bundled",
+    name: str | Path | None = None,
     *,
+    hf_model: Any = None,
+    tokenizer: Any = None,
+    backend: Backend = "auto",
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     process_weights: bool = False,
-) -> HookedTransformer:
+) -> HookedModel:
     """Load a hooked model, by default with its weights as they were trained.
 
     Weight processing (folding layer norms, centring) leaves a model's outputs as they are but changes what a gradient step
     does; `gd` and `lcgd` warn of it.
 
     Args:
-        name: `"bundled"` for the small in-context learner that ships with the package, the path of a folder that holds a Hugging
-            Face model and its tokenizer, or any model name that TransformerLens knows; those are fetched from the hub.
-        device: A torch device; by default CUDA where there is one, else the CPU.
-        dtype: The dtype of the weights.
-        process_weights: Fold and centre the weights, as `HookedTransformer.from_pretrained` does by default.
+        name: `"bundled"` for the small in-context learner that ships with the package, which is the default; the path of a folder
+            that holds a Hugging Face model and its tokenizer; or a model name that TransformerLens or the hub knows.
+        hf_model: Instead of a name, a Hugging Face model in memory. A bridge goes around it, not around a copy: from then on it
+            runs through the bridge, in evaluation mode and with eager attention.
+        tokenizer: Its tokenizer; only with `hf_model`.
+        backend: `"hooked"` for a `HookedTransformer`, `"bridge"` for a `TransformerBridge`, or `"auto"`: a `HookedTransformer`
+            where TransformerLens has one for the model, otherwise a bridge; around a model in memory always a bridge.
+        device: A torch device; by default CUDA where there is one, else the CPU. A model in memory stays where it is.
+        dtype: The dtype of the weights, float32 by default. A model in memory keeps its own.
+        process_weights: Fold and centre the weights, as `HookedTransformer.from_pretrained` does by default and a bridge's
+            `enable_compatibility_mode` does.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: If torch has no such device here, TransformerLens knows no such model, or the folder holds none that it can
-            convert.
+        ValueError: If arguments do not go together, torch has no such device here, TransformerLens knows no such model or has no
+            such backend for it, or the folder holds none that it can convert.
         OSError: If the hub cannot be reached and its cache does not hold the model.
+        NoHookedTransformerError: If `backend` is `"hooked"`, and TransformerLens has no such class.
     """
-    place = parse_device(device)
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}")
+    if backend == "hooked" and HookedTransformer is None:
+        raise NoHookedTransformerError("backend='hooked'")
+    if hf_model is not None:
+        if name is not None or device is not None or dtype is not None:
+            raise ValueError("a model in memory (hf_model=) keeps its name, device and dtype; give it alone, with its tokenizer")
+        return _processed(_around(hf_model, tokenizer, backend), process_weights)
+    if tokenizer is not None:
+        raise ValueError("tokenizer= goes with hf_model=; models by name bring their own")
+    place, dtype = parse_device(device), torch.float32 if dtype is None else dtype
+    name = "bundled" if name is None else name
     if name == "bundled":
-        model = load_bundled(device=place, dtype=dtype)
-        if process_weights:
-            model.process_weights_()
-        return model
+        return _processed(load_bundled(device=place, dtype=dtype, bridge=not _wants_hooked(backend)), process_weights)
     if Path(name).is_dir():
-        return _load_folder(Path(name), place, dtype, process_weights)
-    known = make_model_alias_map()
-    if str(name).lower() not in known:
-        close = difflib.get_close_matches(str(name), ["bundled", *known], n=3)
+        return _load_folder(Path(name), backend, place, dtype, process_weights)
+    return _load_named(str(name), backend, place, dtype, process_weights)
+
+
+def _wants_hooked(backend: Backend) -> bool:
+    return backend == "hooked" or (backend == "auto" and HookedTransformer is not None)
+
+
+def _processed(model: Any, process_weights: bool) -> HookedModel:
+    """The model, its weights processed if they are to be."""
+    if process_weights:
+        model.enable_compatibility_mode() if is_bridge(model) else model.process_weights_()
+    checked: HookedModel = model
+    return checked
+
+
+def _around(hf_model: Any, tokenizer: Any, backend: Backend) -> HookedModel:
+    """A model around one in memory."""
+    kind = type(hf_model).__name__
+    if not isinstance(hf_model, PreTrainedModel):
+        raise ValueError(f"hf_model must be a Hugging Face model, a transformers.PreTrainedModel; got {kind}")
+    name = Path(str(hf_model.name_or_path)).name or kind
+    if backend == "hooked":
+        config = _with_context_window({**hf_model.config.to_dict(), "architectures": [kind]})
+        model = _as_hooked_transformer(config, hf_model, tokenizer, f"this {kind}", str(hf_model.device), hf_model.dtype)
+        model.cfg.model_name = name
+        return model
+    hf_model.eval()
+    hf_model.set_attn_implementation("eager")
+    return _bridged(hf_model, tokenizer, name, f"this {kind}")
+
+
+def _bridged(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
+    """A bridge around a Hugging Face model, if there is one for it, and its readout is what the model does."""
+    try:
+        bridge = make_bridge(hf_model, tokenizer=tokenizer, name=name)
+    except Exception as error:  # whatever an adapter for another shape of model stumbles over
+        raise ValueError(f"TransformerLens has no bridge for {what} ({type(hf_model).__name__}): {error}") from error
+    sites = sites_of(bridge)
+    seen: list[torch.Tensor] = []
+    tokens = _some_tokens(bridge)
+    with torch.no_grad(), sites.attach([(sites.residual_out[-1], lambda residual, hook: seen.append(residual))]):
+        theirs = bridge(tokens).float().log_softmax(dim=-1)
+        ours = LogitLens.of(bridge)(seen[0]).float().log_softmax(dim=-1)
+    _require_same(ours, theirs, bridge, what)
+    return bridge
+
+
+def _load_named(name: str, backend: Backend, device: str, dtype: torch.dtype, process_weights: bool) -> HookedModel:
+    """Fetch a model by its name."""
+    instead = "give the path of a folder that holds the model, or use 'bundled'."
+    aliases = _aliases()
+    if _wants_hooked(backend) and name.lower() in aliases:
+        load = HookedTransformer.from_pretrained if process_weights else HookedTransformer.from_pretrained_no_processing
+        with hub.asked(f"the model {name!r}", instead):
+            return load(name, device=device, dtype=dtype).eval()
+    if backend == "hooked" or ("/" not in name and name.lower() not in aliases):
+        close = difflib.get_close_matches(name, ["bundled", *aliases], n=3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
         raise ValueError(
-            f"unknown model {str(name)!r}{hint} It may be 'bundled', a folder with a Hugging Face model, or a name that "
+            f"unknown model {name!r}{hint} It may be 'bundled', a folder with a Hugging Face model, or a name that "
             "TransformerLens knows"
         )
-    load = HookedTransformer.from_pretrained if process_weights else HookedTransformer.from_pretrained_no_processing
-    with hub.asked(f"the model {name!r}", "give the path of a folder that holds the model, or use 'bundled'."):
-        return load(str(name), device=place, dtype=dtype).eval()
+    with hub.asked(f"the model {name!r}", instead):
+        bridge = TransformerBridge.boot_transformers(aliases.get(name.lower(), name), device=device, dtype=dtype)
+    bridge.original_model.eval()
+    return _processed(bridge, process_weights)
 
 
-def _load_folder(folder: Path, device: str, dtype: torch.dtype, process_weights: bool) -> HookedTransformer:
-    """Convert a Hugging Face model in a folder, as TransformerLens converts those it knows by name, and check what came out."""
+def _aliases() -> dict[str, str]:
+    """The hub's names of models by the names that TransformerLens knows them by."""
+    named = {name.lower(): name for name in OFFICIAL_MODEL_NAMES}
+    return named | {alias.lower(): name for name, found in MODEL_ALIASES.items() for alias in found}
+
+
+def _load_folder(folder: Path, backend: Backend, device: str, dtype: torch.dtype, process_weights: bool) -> HookedModel:
+    """Load a Hugging Face model from a folder, convert it or put a bridge around it, and check what came out."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"the folder {folder} holds no Hugging Face model: there is no config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with _no_progress_bar():
-            read: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+            read: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True, attn_implementation="eager"
+            )
         hf_model, loaded = read
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of any of the libraries that read the files
@@ -87,22 +174,63 @@ def _load_folder(folder: Path, device: str, dtype: torch.dtype, process_weights:
         raise ValueError(f"the weights in {folder} lack {len(missing)} tensors, {missing[0]} among them")
     if not tokenizer.encode("Label", add_special_tokens=False):
         raise ValueError(f"the folder {folder} holds no tokenizer that knows words; save the model's tokenizer there")
-    if "n_positions" in config:
-        # TransformerLens reads GPT-2's window under an older name, which newer files leave out.
-        config.setdefault("n_ctx", config["n_positions"])
+    what, hf_model = f"the model in {folder}", hf_model.eval()
+    refused = ""
+    if _wants_hooked(backend):
+        try:
+            model: Any = _as_hooked_transformer(
+                _with_context_window(config), hf_model, tokenizer, what, device, dtype, process_weights
+            )
+            model.cfg.model_name, model.cfg.tokenizer_name = folder.name, str(folder)
+            return cast(HookedModel, model)
+        except ValueError as error:
+            if backend == "hooked":
+                raise
+            refused = f"{error}; and "
+    try:
+        bridge = _bridged(hf_model.to(device), tokenizer, folder.name, what)
+    except ValueError as error:
+        raise ValueError(f"{refused}{error}") from error
+    return _processed(bridge, process_weights)
+
+
+def _with_context_window(config: dict[str, Any]) -> dict[str, Any]:
+    # TransformerLens reads GPT-2's window under an older name, which newer files leave out.
+    return {"n_ctx": config["n_positions"], **config} if "n_positions" in config else config
+
+
+def _as_hooked_transformer(
+    config: dict[str, Any],
+    hf_model: Any,
+    tokenizer: Any,
+    what: str,
+    device: str,
+    dtype: torch.dtype,
+    process_weights: bool = False,
+) -> HookedTransformer:
+    """A `HookedTransformer` with the weights of a Hugging Face model, if it computes the same."""
     try:
         model = _convert(config, hf_model, tokenizer, device, dtype, process_weights)
     except Exception as error:  # whatever a converter for another shape of model stumbles over
         architecture = ", ".join(config.get("architectures") or ["none named"])
-        raise ValueError(f"TransformerLens cannot convert the model in {folder} (architecture {architecture}): {error}") from error
-    model.cfg.model_name, model.cfg.tokenizer_name = folder.name, str(folder)
-    _require_same_outputs(model, hf_model.eval(), folder)
+        raise ValueError(f"TransformerLens cannot convert {what} (architecture {architecture}): {error}") from error
+    tokens = _some_tokens(model)
+    with torch.no_grad():
+        ours = model(tokens).float().log_softmax(dim=-1)
+        theirs = hf_model(tokens.to(hf_model.device)).logits.float().log_softmax(dim=-1)
+    _require_same(ours, theirs, model, what)
     return model.eval()
+
+
+def _some_tokens(model: HookedModel) -> torch.Tensor:
+    return torch.arange(min(64, model.cfg.n_ctx, model.cfg.d_vocab), device=model.cfg.device)[None]
 
 
 def _convert(
     config: dict[str, Any], hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype, process_weights: bool
 ) -> HookedTransformer:
+    from transformer_lens import loading_from_pretrained
+
     # TransformerLens takes the architecture from a name before it looks at the configuration; this folder's name says nothing.
     with TemporaryDirectory() as neutral:
         (Path(neutral) / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -110,6 +238,8 @@ def _convert(
             neutral, hf_cfg=hf_model.config.to_dict(), fold_ln=process_weights, device=device, dtype=dtype
         )
         state = loading_from_pretrained.get_pretrained_state_dict(neutral, cfg, hf_model, dtype=dtype)
+    # Without a tokenizer, it would look for one there.
+    cfg.tokenizer_name = None
     model = HookedTransformer(cfg, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(
         state, **dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), process_weights)
@@ -118,17 +248,13 @@ def _convert(
     return model
 
 
-def _require_same_outputs(model: HookedTransformer, hf_model: Any, folder: Path) -> None:
-    """A configuration may say something that the conversion does not read, such as another base of rotary positions."""
-    tokens = torch.arange(min(64, model.cfg.n_ctx, model.cfg.d_vocab))[None]
-    with torch.no_grad():
-        ours = model(tokens.to(model.cfg.device)).float().log_softmax(dim=-1).cpu()
-        theirs = hf_model(tokens).logits.float().log_softmax(dim=-1)
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+def _require_same(ours: torch.Tensor, theirs: torch.Tensor, model: HookedModel, what: str) -> None:
+    """A configuration may say something that is not read, such as another base of rotary positions or a scale of logits."""
+    difference = float((ours.cpu() - theirs.cpu()).abs().max() / theirs.abs().max())
     if not difference < SAME_OUTPUTS[torch.finfo(model.cfg.dtype).bits]:
         raise ValueError(
-            f"TransformerLens converts the model in {folder} to another one, with log-probabilities that are {difference:.1e} off; "
-            "it does not read all of this configuration"
+            f"{what} comes out as another model, with log-probabilities that are {difference:.1e} off: TransformerLens does not "
+            "read all of its configuration"
         )
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from iclgd_lens.models.hooked import HookedModel, is_bridge
 from iclgd_lens.models.precision import wide
 
 COLUMNS_AT_ONCE, COLUMNS_AT_ONCE_ON_CPU = 2**14, 2**11
@@ -43,14 +43,14 @@ class LogitLens:
         bias: Their biases.
     """
 
-    model: HookedTransformer
+    model: HookedModel
     weight: Float[Tensor, "d_model token"]
     bias: Float[Tensor, "token"]
 
     @classmethod
-    def of(cls, model: HookedTransformer, tokens: Int[Tensor, "token"] | None = None) -> LogitLens:
+    def of(cls, model: HookedModel, tokens: Int[Tensor, "token"] | None = None) -> LogitLens:
         """The readout of some vocabulary entries, in their order, or of all."""
-        weight, bias = model.unembed.W_U, model.unembed.b_U
+        weight, bias = _unembedding(model)
         return cls(model, weight, bias) if tokens is None else cls(model, weight[:, tokens], bias[tokens])
 
     def __call__(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch token"]:
@@ -118,7 +118,18 @@ class LogitLens:
         return float(self.model.cfg.output_logits_soft_cap)
 
 
-def _final_norm(model: HookedTransformer, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+def _unembedding(model: Any) -> tuple[Float[Tensor, "d_model token"], Float[Tensor, "token"]]:
+    if not is_bridge(model):
+        return model.unembed.W_U, model.unembed.b_U
+    linear = model.unembed.original_component
+    bias = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+    return linear.weight.T, bias
+
+
+def _final_norm(model: Any, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    if is_bridge(model):
+        normed: Tensor = model.ln_final.original_component(residual)
+        return normed
     kind = model.cfg.normalization_type
     if kind is None:
         return residual

@@ -23,12 +23,12 @@ from typing import Any, Protocol, get_args
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import require_fit, require_known_tokens
 from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, context_tokens, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.hooked import HookedModel
+from iclgd_lens.models.sites import HookSites, sites_of
 from iclgd_lens.runs.activations import OF_CONTEXT, Activations, AttentionPart, Kept
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.runs.reader import Reader
@@ -51,12 +51,12 @@ WORKING_BYTES, WORKING_BYTES_ON_CPU = 2**30, 64 * 2**20
 class Attachable(Protocol):
     """Anything that can be put on a model by hooks for the time of a run, as a `ParameterUpdate` can."""
 
-    def attached(self, model: HookedTransformer) -> Any:
+    def attached(self, model: HookedModel) -> Any:
         """Return a context manager under which the model runs with the hooks on."""
 
 
 def capture(
-    model: HookedTransformer,
+    model: HookedModel,
     queries: Sequence[Query],
     *,
     context: Sequence[Demonstration] | None = None,
@@ -77,7 +77,7 @@ def capture(
     while the context runs.
 
     Args:
-        model: A `HookedTransformer`, with or without hooks of your own on it.
+        model: A `HookedTransformer` or a `TransformerBridge`, with or without hooks of your own on it.
         queries: What to run; all with the same label words, or none.
         context: Demonstrations to put in front of every query; None for zero-shot.
         update: A `ParameterUpdate` to attach while running, to the context's tokens too.
@@ -95,14 +95,15 @@ def capture(
     """
     request = _Request.of(model, queries, context, keep, batch_size)
     with request.running(update):
-        reader = request.reader(request.prefix(), range(len(queries)))
-        for rows in request.batches():
+        prefix = request.prefix()
+        reader = request.reader(prefix, range(len(queries)))
+        for rows in request.batches(prefix):
             reader.read(rows)
     return request.activations(reader, slice(None), updated=update is not None)
 
 
 def capture_batches(
-    model: HookedTransformer,
+    model: HookedModel,
     queries: Sequence[Query],
     *,
     context: Sequence[Demonstration] | None = None,
@@ -120,7 +121,7 @@ def capture_batches(
     request = _Request.of(model, queries, context, keep, batch_size)
     with request.running():
         prefix = request.prefix()
-    for rows in request.batches():
+    for rows in request.batches(prefix):
         with request.running():
             reader = request.reader(prefix, rows.tolist())
             reader.read(torch.arange(len(rows)))
@@ -140,13 +141,13 @@ class _Request:
     @classmethod
     def of(
         cls,
-        model: HookedTransformer,
+        model: HookedModel,
         queries: Sequence[Query],
         context: Sequence[Demonstration] | None,
         keep: Sequence[Kept] | None,
         batch_size: int | None,
     ) -> _Request:
-        sites = HookSites.of(model)
+        sites = sites_of(model)
         label_tokens = _common_label_tokens(queries)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -184,12 +185,12 @@ class _Request:
     def prefix(self) -> Prefix:
         """Run what all prompts begin with."""
         if self.runs_whole:
-            return Prefix.empty(self.sites.model)
+            return Prefix.empty(self.sites)
         tokens = self.queries[0].tokens[:1] if self.context is None else context_tokens(self.context)
-        return Prefix.run(self.sites.model, tokens)
+        return Prefix.run(self.sites, tokens)
 
-    def batches(self) -> Iterator[Int[Tensor, "batch"]]:
-        return batches_by_length([len(query.tokens) for query in self.queries], self.batch_size, self.sites.exchangeable_padding)
+    def batches(self, prefix: Prefix) -> Iterator[Int[Tensor, "batch"]]:
+        return batches_by_length([len(query.tokens) for query in self.queries], self.batch_size, prefix.exchangeable_padding)
 
     def reader(self, prefix: Prefix, rows: Sequence[int]) -> Reader:
         """Make buffers for some of the queries."""

@@ -9,48 +9,68 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
-from iclgd_lens.models.sites import NamedHook
+from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.runs.caches import Cache, run_into_cache
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The keys and values of a prompt's beginning.
+    """A prompt's beginning, and its keys and values.
 
     Attributes:
-        model: The model that ran it.
-        length: How many tokens it has.
-        cache: Its keys and values, `[1 pos kv_head d_head]` per layer; None for a prefix of no tokens.
+        sites: Those of the model that ran it.
+        tokens: The beginning.
+        cache: Its keys and values; None if prompts run whole, as they begin with nothing in common or the model cannot go on behind
+            a cache.
     """
 
-    model: HookedTransformer
-    length: int
-    cache: TransformerLensKeyValueCache | None
+    sites: HookSites
+    tokens: Int[Tensor, "pos"]
+    cache: Cache | None
 
     @classmethod
-    def run(cls, model: HookedTransformer, tokens: Int[Tensor, "pos"]) -> Prefix:
+    def run(cls, sites: HookSites, tokens: Int[Tensor, "pos"]) -> Prefix:
         """Run a prompt's beginning once."""
-        cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, 1)
-        batch = tokens[None].to(model.cfg.device)
-        model(batch, attention_mask=torch.ones_like(batch), past_kv_cache=cache, return_type=None)
-        return cls(model, len(tokens), cache)
+        tokens = tokens.to(sites.model.cfg.device)
+        return cls(sites, tokens, run_into_cache(sites, tokens))
 
     @classmethod
-    def empty(cls, model: HookedTransformer) -> Prefix:
+    def empty(cls, sites: HookSites) -> Prefix:
         """The beginning of prompts that share nothing, or that are to be run whole."""
-        return cls(model, 0, None)
+        return cls(sites, torch.empty(0, dtype=torch.long, device=sites.model.cfg.device), None)
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has."""
+        return len(self.tokens)
+
+    @property
+    def exchangeable_padding(self) -> bool:
+        """Whether continuations of different lengths may run in one batch: padded prompts that run whole do not begin together."""
+        return self.sites.exchangeable_padding and (self.cache is not None or self.length == 0)
+
+    def keys(self, layer: int) -> Float[Tensor, "pos kv_head d_head"] | None:
+        """The keys of its tokens at a layer, as attention there multiplies them; None where prompts run whole."""
+        return None if self.cache is None else self.cache.keys(layer)
 
     def values(self, layer: int) -> Float[Tensor, "pos kv_head d_head"]:
-        """The values of the prefix's tokens at a layer, as attention there averages them."""
-        assert self.cache is not None, "a prefix of no tokens has no values"
-        return self.cache.entries[layer].past_values[0]
+        """The values of its tokens at a layer, as attention there averages them."""
+        return self._values_seen[layer] if self.cache is None else self.cache.values(layer)
+
+    @cached_property
+    def _values_seen(self) -> list[Float[Tensor, "pos kv_head d_head"]]:
+        """Every layer's values, as a hook sees them."""
+        seen: list[Tensor] = []
+        hooks = [(name, lambda values, hook: seen.append(values[0].detach())) for name in self.sites.values]
+        with self.sites.attach(hooks, first_at_projections=False):
+            self.sites.run(self.tokens[None], torch.ones_like(self.tokens[None]))
+        return seen
 
     def continue_with(self, bodies: Sequence[Int[Tensor, "pos"]], fwd_hooks: Sequence[NamedHook]) -> None:
         """Run a batch of continuations, each padded on the left to the longest, for what the hooks see.
@@ -61,46 +81,13 @@ class Prefix:
             bodies: The tokens after the prefix, one sequence each.
             fwd_hooks: `(hook name, function)` pairs, run after any hooks already on the model.
         """
-        device = self.model.cfg.device
+        device = self.tokens.device
         tokens = torch.nn.utils.rnn.pad_sequence(list(bodies), batch_first=True, padding_side="left").to(device)
-        mask = torch.nn.utils.rnn.pad_sequence(
-            [torch.ones_like(body) for body in bodies], batch_first=True, padding_side="left"
-        ).to(device)
-        self.model.run_with_hooks(
-            tokens,
-            attention_mask=mask,
-            past_kv_cache=self._expanded(len(tokens)),
-            return_type=None,
-            fwd_hooks=[*fwd_hooks],
-        )
-
-    def _expanded(self, batch: int) -> TransformerLensKeyValueCache | None:
-        """A frozen view of the cache for a batch; no key or value is copied before attention joins them to its own."""
-        if self.cache is None:
-            return None
-        entries: list[TransformerLensKeyValueCacheEntry] = [
-            _SharedEntry(entry.past_keys.expand(batch, -1, -1, -1), entry.past_values.expand(batch, -1, -1, -1), frozen=True)
-            for entry in self.cache.entries
-        ]
-        return TransformerLensKeyValueCache(entries, self.cache.previous_attention_mask.expand(batch, -1), frozen=True)
-
-
-class _SharedEntry(TransformerLensKeyValueCacheEntry):
-    """The keys and values of one layer that a whole batch shares. Joined to the batch's own they lie head by head, as attention
-    multiplies them; position by position, they would be copied once more for every product.
-    """
-
-    def append(
-        self, new_keys: Float[Tensor, "batch pos kv_head d_head"], new_values: Float[Tensor, "batch pos kv_head d_head"]
-    ) -> tuple[Float[Tensor, "batch all_pos kv_head d_head"], Float[Tensor, "batch all_pos kv_head d_head"]]:
-        return _joined(self.past_keys, new_keys), _joined(self.past_values, new_values)
-
-
-def _joined(
-    past: Float[Tensor, "batch past kv_head d_head"], new: Float[Tensor, "batch pos kv_head d_head"]
-) -> Float[Tensor, "batch all_pos kv_head d_head"]:
-    batch, n_past, heads, d_head = past.shape
-    by_head = new.new_empty(batch, heads, n_past + new.shape[1], d_head)
-    by_head[:, :, :n_past] = past.transpose(1, 2)
-    by_head[:, :, n_past:] = new.transpose(1, 2)
-    return by_head.transpose(1, 2)
+        own = torch.nn.utils.rnn.pad_sequence([torch.ones_like(body) for body in bodies], batch_first=True, padding_side="left")
+        before = self.tokens.expand(len(tokens), -1)
+        mask = torch.cat([torch.ones_like(before), own.to(device)], dim=1)
+        with self.sites.attach(fwd_hooks, first_at_projections=False):
+            if self.cache is None:
+                self.sites.run(torch.cat([before, tokens], dim=1), mask)
+            else:
+                self.sites.run(tokens, mask, self.cache.expanded(len(tokens)))

@@ -15,6 +15,7 @@ from iclgd_lens.data.prompts import ContextLayout
 from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.models.sites.base import Keys, LastQuery
 from iclgd_lens.runs.activations import Kept
 from iclgd_lens.runs.prefix import Prefix
 
@@ -149,8 +150,8 @@ class _Batch:
         # Per layer, whether gradients were as they should be; asked once, at the end, so that no layer waits for a GPU.
         self.as_expected: list[Bool[Tensor, "projection"]] = []
         mask = reader.query_mask[rows]
-        # A prompt's own tokens: its BOS stands just before the first token of the query.
-        self.own_mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)[:, -width:]
+        # A prompt's own tokens: behind no prefix, its BOS stands just before the first token of the query.
+        self.own_mask = (torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1) if self.prefix.length == 0 else mask)[:, -width:]
 
     def leaves(self) -> list[NamedHook]:
         """The hooks that make leaves of keys and values, as the projections put them out: before any other hook."""
@@ -168,6 +169,11 @@ class _Batch:
     def hooks(self, layer: int) -> list[NamedHook]:
         """The hooks for what is wanted of one layer."""
         sites, wants = self.sites, self.kept.keys()
+        before = self.prefix.keys(layer)
+        in_front = self.own_mask.new_ones(len(self.own_mask), self.prefix.length if before is None else 0)
+        keys = Keys(before, torch.cat([in_front, self.own_mask], dim=1))
+        # Asked for here, as a prefix that is not cached runs for them, and must not while a batch does.
+        values = self.prefix.values(layer) if "demonstration_out" in wants else None
         hooks: list[NamedHook] = []
 
         def at(name: str, read: Callable[[int, Tensor], Tensor | None], *kept: Kept) -> None:
@@ -183,12 +189,14 @@ class _Batch:
         at(sites.values[layer], self._values, "own_values")
         if "score_gradients" in wants:
             seen = self.seen[layer]
-            hooks.append((sites.scores[layer], self._score_gradients(seen, layer)))
+            hooks += sites.at_scores(layer, keys, self._score_gradients(seen, layer))
             hooks.append((sites.values[layer], lambda values, hook: seen.update(attended=values.detach())))
-            hooks.append((sites.pattern[layer], lambda pattern, hook: seen.update(pattern=pattern[:, :, -1].detach())))
+            hooks += sites.at_pattern(layer, keys, lambda last: seen.update(pattern=last.detach()))
             hooks.append((sites.head_out[layer], self._check_heads(seen, layer)))
-        at(sites.scores[layer], self._scores, "query_scores", "context_scores")
-        at(sites.pattern[layer], self._pattern, "own_pattern", "demonstration_attention", "label_attention", "demonstration_out")
+        if wants & {"query_scores", "context_scores"}:
+            hooks += sites.at_scores(layer, keys, lambda last: self._scores(layer, last.detach()))
+        if wants & {"own_pattern", "demonstration_attention", "label_attention", "demonstration_out"}:
+            hooks += sites.at_pattern(layer, keys, lambda last: self._pattern(layer, wide(last.detach()), values))
         at(sites.residual_out[layer], self._lens, "lens_logits")
         return hooks
 
@@ -198,8 +206,7 @@ class _Batch:
 
         return keep
 
-    def _scores(self, layer: int, scores: Float[Tensor, "batch head query_pos key_pos"]) -> None:
-        last = scores[:, :, -1].detach()
+    def _scores(self, layer: int, last: Float[Tensor, "batch head key_pos"]) -> None:
         if "query_scores" in self.kept:
             width = min(self.width, self.reader.query_mask.shape[1])
             mask = self.reader.query_mask[self.rows][:, None, -width:]
@@ -208,13 +215,14 @@ class _Batch:
         if "context_scores" in self.kept:
             self.kept["context_scores"][self.rows, layer] = last[:, :, 1 : self.prefix.length]
 
-    def _pattern(self, layer: int, pattern: Float[Tensor, "batch head query_pos key_pos"]) -> None:
-        last = wide(pattern[:, :, -1].detach())
+    def _pattern(
+        self, layer: int, last: Float[Tensor, "batch head key_pos"], values: Float[Tensor, "pos kv_head d_head"] | None
+    ) -> None:
         context = last[:, :, 1 : self.prefix.length]
         for name in self.kept.keys() & {"demonstration_attention", "label_attention"}:
             self.kept[name][self.rows, layer] = context @ self.reader.spans[name]
-        if "demonstration_out" in self.kept:
-            values = wide(self.prefix.values(layer)[1:])
+        if values is not None:
+            values = wide(values[1:])
             grouped = rearrange(context, "batch (kv_head group) pos -> batch kv_head group pos", kv_head=values.shape[1])
             out = einsum(grouped, values, "batch kv_head group pos, pos kv_head d_head -> batch kv_head group d_head")
             self.kept["demonstration_out"][self.rows, layer] = out.flatten(1, 2)
@@ -238,9 +246,9 @@ class _Batch:
 
         return cut
 
-    def _score_gradients(self, seen: dict[str, Tensor], layer: int) -> Callable[..., None]:
-        def take(scores: Float[Tensor, "batch head query_pos key_pos"], hook: Any) -> None:
-            keys, last = seen["keys"], scores[:, :, -1]
+    def _score_gradients(self, seen: dict[str, Tensor], layer: int) -> LastQuery:
+        def take(last: Float[Tensor, "batch head key_pos"]) -> None:
+            keys = seen["keys"]
             finite = last.masked_fill(last.isinf(), 0.0)
             # A key's gradient is a sum over the heads that share it, so each head of a group has a pass of its own.
             groups = rearrange(finite, "batch (kv_head group) pos -> group batch kv_head pos", kv_head=keys.shape[2])

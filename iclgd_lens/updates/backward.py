@@ -207,6 +207,5 @@ def _run(sites: HookSites, tokens: Int[Tensor, "pos"], hooks: list[NamedHook]) -
     TransformerLens copies attention's weights at every call. Held by a graph, each copy takes fresh memory, which costs more than
     the product.
     """
-    # The mask is given, all ones: without it TransformerLens may take separators for padding.
     with torch.no_grad(), sites.attach(hooks):
-        sites.model(tokens[None], attention_mask=torch.ones_like(tokens[None]), return_type=None)
+        sites.run(tokens[None], torch.ones_like(tokens[None]))

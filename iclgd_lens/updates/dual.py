@@ -22,12 +22,12 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.files import written_whole
 from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.precision import wide
-from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.models.sites import NamedHook, sites_of
 from iclgd_lens.runs.activations import Activations
 from iclgd_lens.updates.attribution import Attribution, attribute
 from iclgd_lens.updates.inject import Parameter, injection_hooks
@@ -205,7 +205,7 @@ class ParameterUpdate:
         """
         return attribute(self, activations, along)
 
-    def fwd_hooks(self, model: HookedTransformer) -> list[NamedHook]:
+    def fwd_hooks(self, model: HookedModel) -> list[NamedHook]:
         """Make the hooks under which `model` runs as if it had been updated, for `model.run_with_hooks(fwd_hooks=...)`.
 
         Hooks run in list order, after those that are on the model already. At keys and values, hooks of your own after these see
@@ -226,10 +226,10 @@ class ParameterUpdate:
             name: torch.stack([self._flat_delta(name, layer).to(device, dtype) for layer in range(len(self.inputs))])
             for name in self.settings.parameters
         }
-        return injection_hooks(HookSites.of(model), stacked)
+        return injection_hooks(sites_of(model), stacked)
 
     @contextmanager
-    def attached(self, model: HookedTransformer) -> Iterator[HookedTransformer]:
+    def attached(self, model: HookedModel) -> Iterator[HookedModel]:
         """Run `model` as if it had been updated, within a `with` block; afterwards, also after an exception, it is as before.
 
         Hooks of your own act as on a model with updated weights, those that are on it already and those that you add inside, with
@@ -239,7 +239,7 @@ class ParameterUpdate:
         Raises:
             ValueError: If the update was made on another model.
         """
-        with HookSites.of(model).attach(self.fwd_hooks(model)):
+        with sites_of(model).attach(self.fwd_hooks(model)):
             yield model
 
     def save(self, path: str | Path) -> None:

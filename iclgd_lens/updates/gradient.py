@@ -29,13 +29,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.readout import LogitLens
-from iclgd_lens.models.sites import HookSites, warn_if_processed
+from iclgd_lens.models.sites import HookSites, sites_of, warn_if_processed
 from iclgd_lens.updates.backward import Gradients, Loss, layer_causal_gradients, output_gradients
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule, UpdateSettings
 from iclgd_lens.updates.inject import PARAMETERS_OF, Parameter
@@ -47,7 +47,7 @@ class DivergedError(ValueError):
 
 
 def gd(
-    model: HookedTransformer,
+    model: HookedModel,
     demonstrations: Sequence[Demonstration],
     *,
     lr: float,
@@ -88,7 +88,7 @@ def gd(
 
 
 def lcgd(
-    model: HookedTransformer,
+    model: HookedModel,
     demonstrations: Sequence[Demonstration],
     *,
     lr: float,
@@ -108,14 +108,14 @@ def lcgd(
 
 
 def _descend(
-    model: HookedTransformer,
+    model: HookedModel,
     demonstrations: Sequence[Demonstration],
     settings: UpdateSettings,
     label_tokens: Sequence[Int[Tensor, "label_pos"]] | None,
     gradients_of: Callable[..., Gradients],
 ) -> ParameterUpdate:
     """Plain SGD over the demonstrations, gradients from `gradients_of`."""
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     # Gradients are wanted whatever the caller's autograd mode: notebooks often switch it off.
     with torch.inference_mode(False), torch.no_grad():
         columns = _check(model, demonstrations, settings, label_tokens)
@@ -197,7 +197,7 @@ def _refuse_non_finite(norms: Float[Tensor, "step layer"], settings: UpdateSetti
 
 
 def _check(
-    model: HookedTransformer,
+    model: HookedModel,
     demonstrations: Sequence[Demonstration],
     settings: UpdateSettings,
     label_tokens: Sequence[Int[Tensor, "label_pos"]] | None,

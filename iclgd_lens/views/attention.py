@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode, require_fit
 from iclgd_lens.data.prompts import Demonstration, Query, context_tokens
@@ -25,8 +24,9 @@ from iclgd_lens.files import write_text
 from iclgd_lens.kernels.implied import icl_attention, implied_attention, without_ends
 from iclgd_lens.metrics.ranking import kendall_tau
 from iclgd_lens.metrics.similarity import sim_am_delta
+from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.precision import wide
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.sites import sites_of
 from iclgd_lens.runs.activations import Activations
 from iclgd_lens.runs.capture import ATTENTION, Attachable, capture
 from iclgd_lens.runs.prefix import Prefix
@@ -106,7 +106,7 @@ class AttentionExample:
 
 
 def attention_example(
-    model: HookedTransformer, episode: Episode, updates: Mapping[str, ParameterUpdate], rows: Sequence[int] = (0,)
+    model: HookedModel, episode: Episode, updates: Mapping[str, ParameterUpdate], rows: Sequence[int] = (0,)
 ) -> AttentionExample:
     """Weigh the demonstrations' tokens for some queries, in-context and by what updates made on the demonstrations imply.
 
@@ -149,7 +149,7 @@ def attention_example(
     )
 
 
-def queries_within(model: HookedTransformer, episode: Episode, n_updates: int, size: int = 3_000_000) -> int:
+def queries_within(model: HookedModel, episode: Episode, n_updates: int, size: int = 3_000_000) -> int:
     """How many of an episode's queries an example may have, at least one and at most eight, for its weights to fill no more than
     `size` bytes.
     """
@@ -159,7 +159,7 @@ def queries_within(model: HookedTransformer, episode: Episode, n_updates: int, s
 
 
 def attention_patterns(
-    model: HookedTransformer,
+    model: HookedModel,
     query: Query,
     layer: int,
     *,
@@ -189,7 +189,7 @@ def attention_patterns(
 
 
 def changed_heads(
-    model: HookedTransformer,
+    model: HookedModel,
     query: Query,
     demonstrations: Sequence[Demonstration],
     update: Attachable,
@@ -244,7 +244,7 @@ def rank_heads(icl: Activations, ft: Activations, zsl: Activations) -> list[tupl
     return sorted(ranked, key=lambda each: -each[2])
 
 
-def strings(model: HookedTransformer, tokens: Int[Tensor, "pos"]) -> list[str]:
+def strings(model: HookedModel, tokens: Int[Tensor, "pos"]) -> list[str]:
     """Write tokens as text, one string each, with the spaces that they have in a text; as numbers if there is no tokenizer."""
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -274,7 +274,7 @@ def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
-def _about(model: HookedTransformer, query: Query, words: Sequence[str], predicted: int) -> dict[str, str | None]:
+def _about(model: HookedModel, query: Query, words: Sequence[str], predicted: int) -> dict[str, str | None]:
     return {
         "text": "".join(strings(model, query.tokens[1:])),
         "predicted": words[predicted].strip(),
@@ -283,14 +283,14 @@ def _about(model: HookedTransformer, query: Query, words: Sequence[str], predict
 
 
 def _pattern(
-    model: HookedTransformer,
+    model: HookedModel,
     query: Query,
     demonstrations: Sequence[Demonstration],
     update: Attachable | None,
     layers: Sequence[int],
 ) -> tuple[Int[Tensor, "pos"], dict[int, Pattern]]:
     """Run one prompt, and read some layers' patterns."""
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     if wrong := [layer for layer in layers if not 0 <= layer < sites.n_layers]:
         raise IndexError(f"there is no layer {wrong[0]}: the model has {sites.n_layers}, counted from 0")
     require_fit(demonstrations, [query], model.cfg.n_ctx)
@@ -301,7 +301,7 @@ def _pattern(
         return lambda pattern, hook: found.__setitem__(layer, wide(pattern[0]).cpu())
 
     with torch.no_grad(), nullcontext() if update is None else update.attached(model):
-        Prefix.empty(model).continue_with([tokens], [(sites.pattern[layer], keep(layer)) for layer in layers])
+        Prefix.empty(sites).continue_with([tokens], [(sites.pattern[layer], keep(layer)) for layer in layers])
     return tokens, found
 
 

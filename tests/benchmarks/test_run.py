@@ -9,7 +9,7 @@ from iclgd_lens.benchmarks import run as bench_run
 from iclgd_lens.benchmarks.jobs import JOBS, Setting
 from iclgd_lens.benchmarks.models import Sizes
 from iclgd_lens.benchmarks.run import DisagreementError, benchmark_table, run_benchmarks
-from tests.models_zoo import make_model
+from tests.models_zoo import make_model, require_hooked_transformer
 from tests.test_cli import run
 
 
@@ -44,6 +44,7 @@ def test_an_unknown_job_is_refused_by_name(setting):
 
 
 def test_the_command_prints_a_table_and_writes_the_frame(tmp_path):
+    require_hooked_transformer()
     out = tmp_path / "results.parquet"
     sizes = ["--k", "3", "--demonstration", "8", "--queries", "3", "--query", "6"]
     command = ["bench", "--model", "bundled", "--job", "gd", "--job", "ft-capture", "--repeats", "1", "--device", "cpu", *sizes]

@@ -10,7 +10,6 @@ import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 from iclgd_lens.data.bundled import bundled_task
@@ -19,7 +18,8 @@ from iclgd_lens.data.prompts import Query, context_tokens
 from iclgd_lens.data.registry import BUNDLED_TASKS, load_task
 from iclgd_lens.data.tasks import MOST_DEMONSTRATIONS, Draw, Task
 from iclgd_lens.models.bundled.language import LABEL_POOL, NEUTRAL_LABELS, TOPIC_WORDS
-from iclgd_lens.models.bundled.learner import build_learner
+from iclgd_lens.models.hooked import HookedModel
+from iclgd_lens.models.loading import load_model
 
 TOPIC_OF = {word: topic for topic, words in TOPIC_WORDS.items() for word in words}
 WORDS = ["lion", "bread", "shirt", "rain", "violin", "tennis", "hammer", "airport", "tiger", "cheese", "jacket", "snow"]
@@ -29,9 +29,9 @@ FORMAT = {"template": "Words: {text} Label:", "labels": ["alpha", "beta"]}
 
 
 @pytest.fixture(scope="module")
-def model() -> HookedTransformer:
-    """The bundled learner without its weights: episodes need its tokenizer and the size of its window."""
-    return build_learner()
+def model() -> HookedModel:
+    """The bundled learner: episodes need its tokenizer and the size of its window."""
+    return load_model("bundled", device="cpu")
 
 
 def from_rows(rows, **options) -> Task:
@@ -43,7 +43,7 @@ def tokens_of(episode: Episode) -> list[list[int]]:
     return [part.tolist() for part in parts]
 
 
-def texts(model: HookedTransformer, examples) -> list[str]:
+def texts(model: HookedModel, examples) -> list[str]:
     return [model.tokenizer.decode(example.tokens) for example in examples]
 
 
@@ -307,14 +307,13 @@ def test_n_queries_is_a_ceiling(model):
 # Label words of several tokens, under a tokenizer that is not ours
 
 
-def character_model(n_ctx: int = 200) -> HookedTransformer:
-    """A model whose tokens are characters; only its tokenizer and the size of its window are used."""
+def character_model(n_ctx: int = 200) -> HookedModel:
+    """A model whose tokens are characters, as far as its tokenizer and the size of its window go."""
     characters = [chr(code) for code in range(32, 127)]
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(["<eos>", *characters])}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    config = HookedTransformerConfig(n_layers=1, d_model=4, n_ctx=8, d_head=2, d_vocab=96, act_fn="relu", device="cpu")
-    model = HookedTransformer(config)
+    model = load_model("bundled", device="cpu")
     model.tokenizer, model.cfg.n_ctx = tokenizer, n_ctx
     return model
 

@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
-from transformer_lens import HookedTransformer
 
 from iclgd_lens import Comparison, accuracy, capture, compare, gd, lcgd, load_task, sim_am, sim_am_delta, sim_aou
 from iclgd_lens.data.controls import permuted, shuffled_labels
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.compare import CONTROLS, n_runs
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.updates.gradient import DivergedError
 from iclgd_lens.updates.random_weights import random_weights
 

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
 from iclgd_lens import (
     ATTENTION,
@@ -44,6 +43,7 @@ from iclgd_lens.experiments.compare import n_runs
 from iclgd_lens.experiments.kernel_attention import _implied, attention_views
 from iclgd_lens.experiments.kernel_regression import SHUFFLES, STEPS, Labels
 from iclgd_lens.metrics.agreement import label_distribution
+from iclgd_lens.models.hooked import HookedTransformer
 from tests.models_zoo import make_demonstrations, make_model, make_queries
 
 LR = 0.1

@@ -3,13 +3,13 @@
 import pandas as pd
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
 from iclgd_lens import accuracy, capture, compare, gd, lcgd, load_task
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments import learning_rate
 from iclgd_lens.experiments.learning_rate import GRID, choose, held_out_seeds, search, similarity_by_rate
 from iclgd_lens.experiments.paper import PAPER
+from iclgd_lens.models.hooked import HookedTransformer
 
 
 def searched(*rows: tuple[str, float, int, float, float]) -> pd.DataFrame:

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
-from transformer_lens import HookedTransformer
 
 from iclgd_lens import claims, load_model, untrained_twin
 from iclgd_lens.data import registry
@@ -20,6 +19,7 @@ from iclgd_lens.experiments import reproduce as running
 from iclgd_lens.experiments.compare import CONTROLS, compare
 from iclgd_lens.experiments.protocol import TWINS, Protocol
 from iclgd_lens.experiments.reproduce import FRAMES, reproduce
+from iclgd_lens.models.hooked import HookedTransformer
 
 GOLDEN = Path(__file__).parent / "golden.csv"
 

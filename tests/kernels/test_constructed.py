@@ -10,7 +10,6 @@ import torch
 from einops import rearrange
 from sklearn.metrics.pairwise import rbf_kernel
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens import ParameterUpdate, capture, sim_aou
 from iclgd_lens.kernels.constructed import (
@@ -23,6 +22,7 @@ from iclgd_lens.kernels.constructed import (
     regression_step,
 )
 from iclgd_lens.kernels.labels import label_regression
+from iclgd_lens.models.hooked import HookedTransformer
 from tests.models_zoo import make_model
 from tests.reference import full_prompt
 

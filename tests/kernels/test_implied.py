@@ -10,7 +10,6 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.kernels.implied import (
@@ -23,6 +22,7 @@ from iclgd_lens.kernels.implied import (
     proxy_attention,
     without_ends,
 )
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.runs.capture import ATTENTION, capture
 from iclgd_lens.updates.attribution import Attribution
 from iclgd_lens.updates.gradient import gd, lcgd

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import Demonstration, Query
 from iclgd_lens.kernels.linearity import label_step, linearity, own_layer_change
 from iclgd_lens.kernels.tangent import tangent_kernel
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.updates.gradient import lcgd

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import Demonstration, Query
 from iclgd_lens.kernels.tangent import TangentKernel, tangent_kernel
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.gradient import lcgd
 from tests.models_zoo import LABEL_WORDS, ZOO, in_float64, label_tokens, make_demonstrations, make_model, make_queries

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.sites import sites_of
 from tests.models_zoo import BOS, make_model
 from tests.reference import relative_error
 
@@ -26,7 +26,7 @@ CASES = {
 def test_value_and_gradient_are_those_of_the_part_itself(changes, positions):
     model = make_model("one_layer", **changes)
     tokens = torch.tensor([[BOS, 3, 9, 4, 7, 2]])
-    part = HookSites.of(model).after_attention(0)
+    part = sites_of(model).after_attention(0)
     _, cache = model.run_with_cache(tokens)
 
     def read(name):
@@ -62,7 +62,7 @@ def test_value_and_gradient_are_those_of_the_part_itself(changes, positions):
     ],
 )
 def test_other_blocks_are_not_made_again(shape, changes):
-    assert HookSites.of(make_model(shape, **changes)).after_attention(0) is None
+    assert sites_of(make_model(shape, **changes)).after_attention(0) is None
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_other_blocks_are_not_made_again(shape, changes):
 )
 def test_a_block_with_a_hook_behind_its_heads_is_not_made_again(place):
     model = make_model("one_layer")
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     with model.hooks(fwd_hooks=[(f"blocks.0.{place}", lambda tensor, hook: tensor)]):
         assert sites.after_attention(0) is None
     assert sites.after_attention(0) is not None

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.registry import load_task
@@ -24,8 +23,10 @@ from iclgd_lens.models.bundled.language import (
 )
 from iclgd_lens.models.bundled.learner import N_CTX, WEIGHTS, build_learner, build_tokenizer, load_bundled, save_bundled
 from iclgd_lens.models.bundled.training import draw_batch, train_bundled, training_loss
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.models.untrained import untrained_twin
 from iclgd_lens.runs.capture import capture
+from tests.models_zoo import require_hooked_transformer
 
 # The language
 
@@ -86,6 +87,7 @@ def test_the_shape_is_the_documented_one(bundled):
 
 
 def test_save_and_load_is_a_round_trip_bitwise(bundled, tmp_path):
+    require_hooked_transformer()
     path = tmp_path / "a" / "b" / "weights.safetensors"
     save_bundled(bundled, path)
     again = load_bundled(path)
@@ -96,6 +98,7 @@ def test_save_and_load_is_a_round_trip_bitwise(bundled, tmp_path):
 
 
 def test_saving_over_a_file_replaces_it(bundled, tmp_path):
+    require_hooked_transformer()
     path = tmp_path / "weights.safetensors"
     save_bundled(untrained_twin(bundled, keep=()), path)
     save_bundled(bundled, path)

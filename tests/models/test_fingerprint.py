@@ -4,20 +4,20 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from iclgd_lens.models.bundled.learner import build_learner
+from iclgd_lens.models.bundled.learner import learner_shapes
 from iclgd_lens.models.fingerprint import fingerprint
+from iclgd_lens.models.hooked import HookedTransformer, make_hooked_transformer
 from iclgd_lens.models.loading import load_model
 from iclgd_lens.models.untrained import untrained_twin
 
-NAMES = [name for name, _ in build_learner().named_parameters()]
+NAMES = list(learner_shapes())
 TOKENS = torch.arange(1, 101).reshape(2, 50)
 
 
 @pytest.fixture(scope="module")
 def model() -> HookedTransformer:
-    model = load_model("bundled")
+    model = load_model("bundled", backend="hooked")
     model(TOKENS, return_type="loss").backward()
     return model
 
@@ -77,9 +77,8 @@ def test_two_layers_that_swap_their_weights_change_it(model):
 
 
 def test_fingerprint_sees_an_edit_of_any_row_column_or_head():
-    model = HookedTransformer(
-        HookedTransformerConfig(n_layers=1, d_model=64, n_ctx=8, d_head=16, n_heads=4, d_vocab=20, act_fn="relu")
-    )
+    sizes = {"n_layers": 1, "d_model": 64, "n_ctx": 8, "d_head": 16, "n_heads": 4, "d_vocab": 20, "act_fn": "relu"}
+    model = make_hooked_transformer(sizes, what="this test's model")
     before = fingerprint(model)
     for index in range(16):
         edited = deepcopy(model)

@@ -9,11 +9,12 @@ import warnings
 import pytest
 import torch
 import transformers
-from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPTNeoConfig, GPTNeoXConfig, OPTConfig
 
 from iclgd_lens import capture, lcgd, load_task
+from iclgd_lens.models.hooked import HookedTransformer, is_bridge
 from iclgd_lens.models.loading import load_model, parse_device
+from tests.models_zoo import require_hooked_transformer
 from tests.tokenizers_zoo import FIXTURES, gpt2_style
 
 
@@ -28,7 +29,7 @@ def no_network(monkeypatch):
 
 @pytest.mark.usefixtures("no_network")
 def test_the_bundled_model_loads_offline_as_a_plain_hooked_transformer_in_evaluation_mode():
-    model = load_model("bundled")
+    model = load_model("bundled", backend="hooked")
     assert type(model) is HookedTransformer
     assert not model.training
     assert model.cfg.normalization_type == "LN"
@@ -149,7 +150,7 @@ def differ(model: HookedTransformer, hf_model) -> float:
 @on_all_families
 @pytest.mark.parametrize(("process_weights", "norm"), [(False, "LN"), (True, "LNPre")])
 def test_a_model_in_a_folder_computes_what_the_hugging_face_model_does(folders, family, process_weights, norm):
-    model = load_model(folders[family], device="cpu", process_weights=process_weights)
+    model = load_model(folders[family], device="cpu", backend="hooked", process_weights=process_weights)
     assert type(model) is HookedTransformer
     assert model.cfg.normalization_type == norm
     assert model.cfg.original_architecture == ARCHITECTURES[family]
@@ -162,7 +163,9 @@ def test_a_model_in_a_folder_computes_what_the_hugging_face_model_does(folders, 
 def test_weights_from_a_folder_are_as_they_were_trained_unless_processing_is_asked_for(folders, family):
     hf_model = random_model(CONFIGS[family])
     unembedding = hf_model.get_output_embeddings().weight.T
-    plain, processed = (load_model(folders[family], device="cpu", process_weights=process) for process in (False, True))
+    plain, processed = (
+        load_model(folders[family], device="cpu", backend="hooked", process_weights=process) for process in (False, True)
+    )
     assert plain.W_U.equal(unembedding)
     assert not processed.W_U.allclose(unembedding, atol=1e-2)
     assert plain.ln_final.w.std() > 0.01
@@ -194,7 +197,7 @@ def test_a_model_in_a_folder_takes_the_dtype_asked_for(folders, dtype):
 def test_the_name_of_a_folder_does_not_matter(folders, tmp_path):
     for name in ("my-llama", "pythia-opt-neox", "bundled"):
         folder = shutil.copytree(folders["gpt2"], tmp_path / name)
-        model = load_model(folder, device="cpu")
+        model = load_model(folder, device="cpu", backend="hooked")
         assert (model.cfg.model_name, model.cfg.original_architecture) == (name, "GPT2LMHeadModel")
         assert differ(model, random_model(CONFIGS["gpt2"])) < 1e-5
 
@@ -254,8 +257,11 @@ def as_ctrl(folder):
         (truncated("model.safetensors"), "the folder .*spoilt does not hold a whole model and tokenizer"),
         (truncated("config.json"), "the folder .*spoilt does not hold a whole model and tokenizer"),
         (as_unheard_of, "the folder .*spoilt does not hold a whole model and tokenizer"),
-        (as_bert, r"TransformerLens cannot convert the model in .*spoilt \(architecture BertForMaskedLM\)"),
-        (as_ctrl, r"TransformerLens cannot convert the model in .*spoilt \(architecture CTRLLMHeadModel\)"),
+        (
+            as_bert,
+            r"cannot convert the model in .*spoilt \(architecture BertForMaskedLM\).*; and the bridge for BertLMHead",
+        ),
+        (as_ctrl, r"cannot convert the model in .*spoilt \(architecture CTRLLMHeadModel\).*no bridge for the model in .*spoilt"),
     ],
     ids=[
         "no config",
@@ -271,6 +277,7 @@ def as_ctrl(folder):
     ],
 )
 def test_a_folder_that_holds_no_whole_or_no_known_model_is_named(folders, tmp_path, spoil, message):
+    require_hooked_transformer()
     folder = shutil.copytree(folders["gpt2"], tmp_path / "spoilt")
     spoil(folder)
     with pytest.raises(ValueError, match=message):
@@ -279,6 +286,8 @@ def test_a_folder_that_holds_no_whole_or_no_known_model_is_named(folders, tmp_pa
 
 @pytest.mark.parametrize(("process_weights", "method"), [(False, "from_pretrained_no_processing"), (True, "from_pretrained")])
 def test_a_hub_out_of_reach_gives_one_error_that_says_what_to_do(monkeypatch, process_weights, method):
+    require_hooked_transformer()
+
     def fail(*args, **kwargs):
         logger = logging.getLogger("huggingface_hub.utils._http")
         assert not logger.isEnabledFor(logging.ERROR)
@@ -314,5 +323,16 @@ def test_an_episode_of_files_runs_through_capture_and_gradient_steps_and_process
 def test_a_model_that_the_conversion_makes_another_is_refused(folders, tmp_path):
     folder = shutil.copytree(folders["gpt_neox"], tmp_path / "spoilt")
     with_config(rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25})(folder)
-    with pytest.raises(ValueError, match="to another one, with log-probabilities that are"):
-        load_model(folder, device="cpu")
+    with pytest.raises(ValueError, match="comes out as another model, with log-probabilities that are"):
+        load_model(folder, device="cpu", backend="hooked")
+
+
+def test_a_model_that_cannot_be_converted_gets_a_bridge_and_computes_what_it_does(folders, tmp_path):
+    folder = shutil.copytree(folders["gpt_neox"], tmp_path / "other rotary base")
+    with_config(rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25})(folder)
+    model, tokens = load_model(folder, device="cpu"), torch.arange(20)[None]
+    assert is_bridge(model)
+    assert model.cfg.model_name == "other rotary base"
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()(tokens).logits
+        assert (model(tokens) - expected).abs().max() < 1e-5

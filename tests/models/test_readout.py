@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.benchmarks.memory import allocated_peak
 from iclgd_lens.models import readout
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.models.readout import LogitLens
 from tests.models_zoo import D_VOCAB, ZOO, make_model
 from tests.reference import relative_error

@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
-from iclgd_lens.models.sites import HookSites, warn_if_processed
+from iclgd_lens.models.hooked import HookedTransformer
+from iclgd_lens.models.sites import sites_of, warn_if_processed
 from tests.models_zoo import ZOO, make_model
 
 TOKENS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 1]])
@@ -31,7 +31,7 @@ def stored(attention: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def test_every_site_holds_what_the_module_says(model):
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     stream, per_kv_head = [2, 5, model.cfg.d_model], [2, 5, sites.n_kv_heads, model.cfg.d_head]
     shapes = {
         "residual_in": stream,
@@ -49,7 +49,7 @@ def test_every_site_holds_what_the_module_says(model):
 
 
 def test_project_from_gives_what_the_key_and_value_projections_multiply(model):
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     seen, keys, values = (seen_at(model, names) for names in (sites.projection_in, sites.keys, sites.values))
     for layer in range(sites.n_layers):
         attention = model.blocks[layer].attn
@@ -60,7 +60,7 @@ def test_project_from_gives_what_the_key_and_value_projections_multiply(model):
 
 
 def test_attention_out_is_what_is_added_to_the_residual_stream(model):
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     before, added, after = (seen_at(model, names) for names in (sites.residual_in, sites.attention_out, sites.residual_out))
     for layer in range(sites.n_layers):
         from_mlp = 0 if model.cfg.attn_only else seen_at(model, (f"blocks.{layer}.hook_mlp_out",))[0]
@@ -68,13 +68,13 @@ def test_attention_out_is_what_is_added_to_the_residual_stream(model):
 
 
 def test_a_block_begins_where_the_one_before_it_ends(model):
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     before, after = (seen_at(model, names) for names in (sites.residual_in, sites.residual_out))
     assert all(torch.equal(start, end) for start, end in zip(before[1:], after[:-1], strict=True))
 
 
 def test_scores_are_causal_and_become_the_pattern_by_softmax(model):
-    sites = HookSites.of(model)
+    sites = sites_of(model)
     future = torch.ones(5, 5, dtype=torch.bool).triu(1)
     patterns = seen_at(model, tuple(f"blocks.{layer}.attn.hook_pattern" for layer in range(sites.n_layers)))
     for scores, pattern in zip(seen_at(model, sites.scores), patterns, strict=True):
@@ -84,19 +84,19 @@ def test_scores_are_causal_and_become_the_pattern_by_softmax(model):
 
 
 def test_key_and_value_heads_are_grouped_as_the_model_groups_them():
-    counts = [HookSites.of(make_model(n_heads=4, n_key_value_heads=n)).n_kv_heads for n in (None, 1, 2, 4)]
+    counts = [sites_of(make_model(n_heads=4, n_key_value_heads=n)).n_kv_heads for n in (None, 1, 2, 4)]
     assert counts == [4, 1, 2, 4]
 
 
 def test_padding_is_exchangeable_unless_attention_counts_positions():
-    exchangeable = {shape for shape in ZOO if HookSites.of(make_model(shape)).exchangeable_padding}
+    exchangeable = {shape for shape in ZOO if sites_of(make_model(shape)).exchangeable_padding}
     assert set(ZOO) - exchangeable == {"local", "local_rotary"}
 
 
 @pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), None, "gpt2"])
-def test_anything_but_a_hooked_transformer_is_refused(other):
-    with pytest.raises(TypeError, match=f"need a transformer_lens HookedTransformer, got {type(other).__name__}"):
-        HookSites.of(other)
+def test_anything_but_a_hooked_model_is_refused(other):
+    with pytest.raises(TypeError, match=f"a HookedTransformer or a TransformerBridge, got {type(other).__name__}"):
+        sites_of(other)
 
 
 @pytest.mark.parametrize(
@@ -115,31 +115,32 @@ def test_a_configuration_that_the_sites_cannot_serve_is_refused(setting, value, 
     model = make_model(n_heads=4, n_key_value_heads=2)
     setattr(model.cfg, setting, value)
     with pytest.raises(ValueError, match=message):
-        HookSites.of(model)
+        sites_of(model)
 
 
 def test_the_advice_of_a_refusal_works():
     model = make_model()
     model.set_use_split_qkv_input(True)
     with pytest.raises(ValueError, match="use_split_qkv_input"):
-        HookSites.of(model)
+        sites_of(model)
     model.set_use_split_qkv_input(False)
-    assert HookSites.of(model).n_layers == 3
+    assert sites_of(model).n_layers == 3
 
 
 def test_a_missing_hook_is_named():
     model = make_model()
     del model.hook_dict["blocks.1.attn.hook_k"], model.hook_dict["blocks.1.attn.hook_v"]
     with pytest.raises(ValueError, match=r"no hook named blocks\.1\.attn\.hook_k \(2 needed hooks are missing\)"):
-        HookSites.of(model)
+        sites_of(model)
 
 
 @pytest.mark.parametrize("norm", ["LNPre", "RMSPre"])
 def test_folded_norms_are_warned_of_with_the_reason(norm):
+    model = make_model(normalization_type=norm)
     with pytest.warns(
         UserWarning, match=f"normalization_type='{norm}'.*Neither gradient descent nor the attention output is invariant"
     ):
-        warn_if_processed(make_model(normalization_type=norm))
+        warn_if_processed(model)
 
 
 def test_centred_weights_are_warned_of():

@@ -4,9 +4,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.models.bundled.learner import build_learner
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.models.loading import load_model
 from iclgd_lens.models.untrained import draw_weights, untrained_twin
 from tests.models_zoo import ZOO, make_model
@@ -17,7 +17,7 @@ MIXTURE = {"normalization_type": "RMS", "gated_mlp": True, "num_experts": 2, "ex
 
 @pytest.fixture(scope="module", params=[*ZOO, "bundled"])
 def model(request) -> HookedTransformer:
-    return load_model("bundled") if request.param == "bundled" else make_model(request.param)
+    return load_model("bundled", backend="hooked") if request.param == "bundled" else make_model(request.param)
 
 
 def part_of(name: str) -> str:
@@ -93,7 +93,7 @@ def test_torch_s_random_state_is_left_alone_even_where_the_config_has_a_seed(mod
 def test_the_twin_shares_the_tokenizer_and_runs_as_the_model_does():
     model = load_model("bundled")
     twin = untrained_twin(model)
-    assert type(twin) is HookedTransformer
+    assert type(twin) is type(model)
     assert twin.tokenizer is model.tokenizer
     assert twin.to_tokens("Words: lion").equal(model.to_tokens("Words: lion"))
     assert twin.cfg.tokenizer_name == model.cfg.tokenizer_name

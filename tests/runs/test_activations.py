@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from iclgd_lens.models.sites import HookSites
+from iclgd_lens.models.sites import sites_of
 from iclgd_lens.runs.activations import Activations
 from iclgd_lens.runs.capture import capture, fitting_batch_size
 from iclgd_lens.updates.gradient import gd, lcgd
@@ -92,7 +92,7 @@ def test_batch_size_changes_nothing(shape, with_context):
 
 def test_batches_of_automatic_size_fit_the_memory_that_they_may_take(monkeypatch):
     model, queries, context = make_model(), make_queries((3, 8, 1, 3, 5, 5, 2)), make_demonstrations()
-    sites, ran = HookSites.of(model), []
+    sites, ran = sites_of(model), []
     count = ("hook_embed", lambda embedded, hook: ran.append(len(embedded)))
     with model.hooks(fwd_hooks=[count]):
         expected = capture(model, queries, context=context, keep=["attn_out", "query_scores"])
@@ -307,8 +307,8 @@ def test_a_query_longer_than_the_context_window_is_refused_without_a_word_of_dem
     assert "demonstration" not in str(refused.value)
 
 
-def test_only_hooked_transformers_without_split_inputs_are_taken():
-    with pytest.raises(TypeError, match="HookedTransformer, got Linear"):
+def test_only_hooked_models_without_split_inputs_are_taken():
+    with pytest.raises(TypeError, match="a HookedTransformer or a TransformerBridge, got Linear"):
         capture(torch.nn.Linear(2, 2), make_queries())
     model = make_model("one_layer")
     model.set_use_split_qkv_input(True)

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, context_tokens
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.runs.activations import OF_CONTEXT, Activations, require_same_runs
 from iclgd_lens.runs.capture import ATTENTION, DEFAULT, capture, capture_batches
 from iclgd_lens.updates.gradient import lcgd

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iclgd_lens.data.prompts import context_tokens
+from iclgd_lens.models.sites import sites_of
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.gradient import gd
@@ -55,7 +56,7 @@ def test_residual_stream_behind_a_prefix_equals_that_of_full_prompts(shape):
     model, demonstrations, queries = make_model(shape), make_demonstrations(), make_queries((5, 2, 7))
     name, seen = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", []
     with torch.no_grad():
-        prefix = Prefix.run(model, context_tokens(demonstrations))
+        prefix = Prefix.run(sites_of(model), context_tokens(demonstrations))
         prefix.continue_with(
             [query.tokens[1:] for query in queries], [(name, lambda residual, hook: seen.append(residual.clone()))]
         )
@@ -71,7 +72,7 @@ def test_prefix_can_be_continued_again_and_again():
     bodies = [query.tokens[1:] for query in make_queries((4, 2))]
     keep = [("blocks.1.hook_attn_out", lambda value, hook: seen.append(value.clone()))]
     with torch.no_grad():
-        prefix = Prefix.run(model, context_tokens(make_demonstrations()))
+        prefix = Prefix.run(sites_of(model), context_tokens(make_demonstrations()))
         for batch in (bodies, bodies[:1], bodies):
             prefix.continue_with(batch, keep)
     assert torch.equal(seen[0], seen[2])

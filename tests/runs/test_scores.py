@@ -3,11 +3,11 @@
 import pytest
 import torch
 from einops import einsum
-from transformer_lens import HookedTransformer
 
 from iclgd_lens import capture
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import context_tokens
+from iclgd_lens.models.hooked import HookedTransformer
 
 
 @pytest.mark.parametrize("layer", range(4))

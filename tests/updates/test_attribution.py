@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.data.prompts import Query
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.runs.activations import Activations
 from iclgd_lens.runs.capture import ATTENTION, capture
 from iclgd_lens.updates.attribution import Attribution, contributions

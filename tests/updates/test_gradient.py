@@ -394,8 +394,8 @@ def test_an_update_that_becomes_non_finite_names_demonstration_and_layer(schedul
 
 
 @both_methods
-def test_only_hooked_transformers_are_taken(method):
-    with pytest.raises(TypeError, match="HookedTransformer, got Linear"):
+def test_only_hooked_models_are_taken(method):
+    with pytest.raises(TypeError, match="a HookedTransformer or a TransformerBridge, got Linear"):
         METHODS[method](torch.nn.Linear(2, 2), make_demonstrations(), lr=LR)
 
 

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.updates.gradient import gd, lcgd
 from tests.models_zoo import BOS, D_VOCAB, ZOO, make_demonstrations, make_model

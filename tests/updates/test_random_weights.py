@@ -7,8 +7,8 @@ from itertools import chain, combinations
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.updates.gradient import gd, lcgd
 from iclgd_lens.updates.random_weights import random_weights

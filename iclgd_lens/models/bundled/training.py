@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from iclgd_lens.draws import pick
 from iclgd_lens.models.bundled.language import (
@@ -31,6 +30,7 @@ from iclgd_lens.models.bundled.language import (
     vocabulary,
 )
 from iclgd_lens.models.bundled.learner import build_learner
+from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.models.untrained import draw_weights
 
 STEPS = 1500
