@@ -1,6 +1,7 @@
 """The method once more, on plain Hugging Face models: weights that are really trained, and full prompts one at a time.
 
-Written from the paper's description and independent of TransformerLens and `iclgd_lens`, of which it imports two dataclasses only.
+Written from the paper's description and independent of TransformerLens and `iclgd_lens`, of which it imports two dataclasses only;
+losses as functions of logits are those of `tests/reference.py`.
 Attention scores are taken from what Hugging Face's own attention gives to its softmax.
 """
 
@@ -19,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iclgd_lens.data.prompts import Demonstration, Query
-
-PARAMETERS = ("W_K", "b_K", "W_V", "b_V")
+from tests.reference import PARAMETERS, full_prompt, token_loss_of
 
 
 class Trained(NamedTuple):
@@ -124,7 +124,7 @@ def reference_update(
     with torch.enable_grad():
         for step in [step for _ in range(epochs) for step in steps]:
             optimizer.zero_grad()
-            losses = [loss_of(model, each.tokens, _token_loss(each, loss_on, columns)) for each in step]
+            losses = [loss_of(model, each.tokens, token_loss_of(each, loss_on, columns)) for each in step]
             torch.stack(losses).sum().backward()
             values += [loss.detach() for loss in losses]
             for key, parameter in trained.items():
@@ -167,14 +167,6 @@ def reference_capture(
             found["lens_logits"].append(torch.stack([readout_logits(model, residual)[firsts] for residual in residuals]))
             found["label_log_probs"].append(torch.tensor([_label_log_prob(model, prompt, word) for word in query.label_tokens]))
     return {name: rows if name == "query_scores" else torch.stack(rows) for name, rows in found.items()}
-
-
-def full_prompt(query: Query, context: Sequence[Demonstration] | None) -> Tensor:
-    """BOS · demonstration · separator · … · query, with one BOS."""
-    pieces = [query.tokens[:1]]
-    for demonstration in context or ():
-        pieces += [demonstration.tokens[1:], demonstration.separator]
-    return torch.cat([*pieces, query.tokens[1:]])
 
 
 def readout_logits(model: Any, residual: Tensor) -> Tensor:
@@ -254,23 +246,6 @@ def _layerwise_loss(model: Any, tokens: Tensor, token_loss: Callable[[Tensor], T
         model(tokens[None], use_cache=False)
     assert len(losses) == len(blocks(model))
     return torch.stack(losses).sum()
-
-
-def _token_loss(demonstration: Demonstration, loss_on: str, columns: list[int] | None) -> Callable[[Tensor], Tensor]:
-    """Mean cross-entropy as a function of all of a demonstration's logits `[pos d_vocab]`."""
-    tokens = demonstration.tokens.tolist()
-    first = len(tokens) - demonstration.n_label_tokens if loss_on == "label" else 1
-
-    def loss(logits: Tensor) -> Tensor:
-        terms = []
-        for position in range(first, len(tokens)):
-            row, target = logits[position - 1], tokens[position]
-            if columns is not None:
-                row, target = row[columns], columns.index(target)
-            terms.append(F.cross_entropy(row, torch.tensor(target)))
-        return torch.stack(terms).mean()
-
-    return loss
 
 
 def _label_log_prob(model: Any, prompt: Tensor, word: Tensor) -> float:

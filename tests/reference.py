@@ -59,7 +59,7 @@ def reference_update(
     norms, values = [], []
     with torch.enable_grad():
         for step in [step for _ in range(epochs) for step in steps]:
-            losses = [loss_of(model, demonstration, _token_loss(demonstration, loss_on, columns)) for demonstration in step]
+            losses = [loss_of(model, demonstration, token_loss_of(demonstration, loss_on, columns)) for demonstration in step]
             for loss in losses:
                 values.append(loss.detach())
                 gradients = torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
@@ -174,7 +174,7 @@ def _layerwise_loss(model: HookedTransformer, demonstration: Demonstration, toke
     return torch.stack(losses).sum()
 
 
-def _token_loss(demonstration: Demonstration, loss_on: str, columns: list[int] | None) -> Callable[[Tensor], Tensor]:
+def token_loss_of(demonstration: Demonstration, loss_on: str, columns: list[int] | None) -> Callable[[Tensor], Tensor]:
     """Mean cross-entropy as a function of all of a demonstration's logits `[pos d_vocab]`."""
     tokens = demonstration.tokens.tolist()
     first = len(tokens) - demonstration.n_label_tokens if loss_on == "label" else 1
