@@ -215,7 +215,7 @@ def _refuse_unsupported(model: Any) -> None:
                 "values to train"
             )
         _refuse_attention(block.attn, layer, model)
-    if not hasattr(model, "ln_final") or not hasattr(model, "unembed"):
+    if any(getattr(getattr(model, part, None), "original_component", None) is None for part in ("ln_final", "unembed")):
         raise ValueError(f"{name} with this configuration has no final norm before its unembedding; such models are not supported")
     if scaled := [each for each in _LOGIT_SCALES if getattr(config, each, None) not in (None, 1, 1.0)]:
         raise ValueError(f"{name} scales its logits ({scaled[0]}={getattr(config, scaled[0])}), which the readout does not do")
