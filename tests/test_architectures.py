@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -281,6 +282,16 @@ def test_an_update_s_hooks_act_alike_through_run_with_hooks_and_attached(name, c
     assert torch.equal(by_hooks, attached)
     assert relative_error(by_hooks, weights_edited) < 1e-4
     assert hooks_on(model) == hooks
+
+
+def test_a_hook_of_the_user_s_on_keys_acts_on_what_an_updated_projection_puts_out(name):
+    double = [("blocks.1.attn.k.hook_out", lambda keys, hook: 2 * keys)]
+    model, update = case(name).model, made(name, "gd")
+    edited = load_model(hf_model=deepcopy(trained(name, "gd").model).float())
+    with model.hooks(fwd_hooks=double):
+        found = capture(model, QUERIES[:2], update=update)
+    with edited.hooks(fwd_hooks=double):
+        assert_same(found, capture(edited, QUERIES[:2]), 1e-4)
 
 
 @cache

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 import transformers as hf
 
 from iclgd_lens import capture, gd, lcgd, load_model
 from iclgd_lens.models.hooked import make_bridge
-from tests.hf_zoo import make_hf_model
+from tests.hf_zoo import draw, make_hf_model
 from tests.models_zoo import D_VOCAB, N_CTX, make_demonstrations, make_queries
 
 SIZES = {
@@ -70,6 +69,11 @@ def gptj() -> Any:
     return hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=D_VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=N_CTX, rotary_dim=4))
 
 
+def opt_with_norms_behind() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    return hf.OPTForCausalLM(hf.OPTConfig(vocab_size=D_VOCAB, **sizes, do_layer_norm_before=False))
+
+
 def cohere() -> Any:
     return hf.CohereForCausalLM(hf.CohereConfig(**SIZES, logit_scale=0.25))
 
@@ -88,6 +92,7 @@ REFUSED: dict[Callable[[], Any], str] = {
     falcon_with_alibi: "FalconForCausalLM adds ALiBi to its attention scores",
     mpt: "MptForCausalLM adds ALiBi to its attention scores",
     gptj: "the bridge for GPTJForCausalLM .* shows no attention scores before softmax",
+    opt_with_norms_behind: "OPTForCausalLM with this configuration has no final norm before its unembedding",
     cohere: "CohereForCausalLM scales its logits .logit_scale=0.25., which the readout does not do",
     granite: "GraniteForCausalLM scales its logits .logits_scaling=4.0., which the readout does not do",
 }
@@ -157,8 +162,15 @@ def test_attention_without_scores_is_refused_until_it_is_eager(name, use):
 
 
 def test_a_scale_of_logits_that_is_one_is_none():
-    torch.manual_seed(0)
-    cohere_model = hf.CohereForCausalLM(hf.CohereConfig(**SIZES, logit_scale=1.0))
-    granite_model = hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES, logits_scaling=1.0))
-    for model in (cohere_model, granite_model):
-        assert capture(load_model(hf_model=model), QUERIES).attn_out.isfinite().all()
+    granite_without = hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES, logits_scaling=1.0))
+    assert capture(load_model(hf_model=granite_without), QUERIES).attn_out.isfinite().all()
+
+
+@pytest.mark.xfail(strict=True, reason="load_model compares a bridge with itself, not with the model before it was wrapped")
+def test_a_bridge_that_computes_another_model_is_refused_when_it_is_loaded():
+    """TransformerLens's bridge scales attention scores also where GPT-2 is told not to."""
+    config = hf.GPT2Config(vocab_size=D_VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=N_CTX, scale_attn_weights=False)
+    unscaled = hf.GPT2LMHeadModel(config)
+    draw(unscaled)
+    with pytest.raises(ValueError, match="comes out as another model"):
+        load_model(hf_model=unscaled)
