@@ -116,11 +116,8 @@ def watched(model: Any) -> list[str]:
 
 @refused
 def test_an_architecture_that_cannot_be_served_is_refused_when_it_is_loaded(new, message):
-    model = new().eval()
-    ran = watched(model)
     with pytest.raises(ValueError, match=message):
-        load_model(hf_model=model)
-    assert not ran
+        load_model(hf_model=new())
 
 
 @refused
@@ -166,7 +163,6 @@ def test_a_scale_of_logits_that_is_one_is_none():
     assert capture(load_model(hf_model=granite_without), QUERIES).attn_out.isfinite().all()
 
 
-@pytest.mark.xfail(strict=True, reason="load_model compares a bridge with itself, not with the model before it was wrapped")
 def test_a_bridge_that_computes_another_model_is_refused_when_it_is_loaded():
     """TransformerLens's bridge scales attention scores also where GPT-2 is told not to."""
     config = hf.GPT2Config(vocab_size=D_VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=N_CTX, scale_attn_weights=False)

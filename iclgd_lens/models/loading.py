@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast, get_args
@@ -114,18 +114,28 @@ def _around(hf_model: Any, tokenizer: Any, backend: Backend) -> HookedModel:
 
 
 def _bridged(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
-    """A bridge around a Hugging Face model, if there is one for it, and its readout is what the model does."""
+    """A bridge around a Hugging Face model, if there is one for it, and it and its readout compute what the model does."""
+    config = hf_model.config.get_text_config()
+    window = getattr(config, "max_position_embeddings", None) or 64
+    tokens = torch.arange(min(64, window, config.vocab_size), device=hf_model.device)[None]
+    expected: Any = None
+    # Before it is wrapped. What cannot be run so is refused by name, below.
+    with suppress(Exception), torch.no_grad():
+        expected = hf_model(tokens).logits.float().log_softmax(dim=-1)
     try:
         bridge = make_bridge(hf_model, tokenizer=tokenizer, name=name)
     except Exception as error:  # whatever an adapter for another shape of model stumbles over
         raise ValueError(f"TransformerLens has no bridge for {what} ({type(hf_model).__name__}): {error}") from error
     sites = sites_of(bridge)
     seen: list[torch.Tensor] = []
-    tokens = _some_tokens(bridge)
-    with torch.no_grad(), sites.attach([(sites.residual_out[-1], lambda residual, hook: seen.append(residual))]):
-        theirs = bridge(tokens).float().log_softmax(dim=-1)
-        ours = LogitLens.of(bridge)(seen[0]).float().log_softmax(dim=-1)
-    _require_same(ours, theirs, bridge, what)
+    try:
+        with torch.no_grad(), sites.attach([(sites.residual_out[-1], lambda residual, hook: seen.append(residual))]):
+            logits = bridge(tokens)
+            read_out = LogitLens.of(bridge)(seen[0])
+    except Exception as error:  # of a bridge that does not know this version of the model
+        raise ValueError(f"TransformerLens's bridge for {what} ({type(hf_model).__name__}) does not run: {error}") from error
+    for found in (logits, read_out):
+        _require_same(found.float().log_softmax(dim=-1), expected, bridge, what)
     return bridge
 
 
@@ -214,16 +224,12 @@ def _as_hooked_transformer(
     except Exception as error:  # whatever a converter for another shape of model stumbles over
         architecture = ", ".join(config.get("architectures") or ["none named"])
         raise ValueError(f"TransformerLens cannot convert {what} (architecture {architecture}): {error}") from error
-    tokens = _some_tokens(model)
+    tokens = torch.arange(min(64, model.cfg.n_ctx, model.cfg.d_vocab), device=model.cfg.device)[None]
     with torch.no_grad():
         ours = model(tokens).float().log_softmax(dim=-1)
         theirs = hf_model(tokens.to(hf_model.device)).logits.float().log_softmax(dim=-1)
     _require_same(ours, theirs, model, what)
     return model.eval()
-
-
-def _some_tokens(model: HookedModel) -> torch.Tensor:
-    return torch.arange(min(64, model.cfg.n_ctx, model.cfg.d_vocab), device=model.cfg.device)[None]
 
 
 def _convert(
