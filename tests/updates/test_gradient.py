@@ -326,14 +326,16 @@ def test_update_under_an_attached_update_is_of_the_updated_model(method):
 @pytest.mark.parametrize("shape", FOLDED)
 @both_methods
 def test_folded_weights_are_warned_about(shape, method):
+    model = make_model(shape)
     with pytest.warns(UserWarning, match="weights are processed: its layer norms are folded"):
-        METHODS[method](make_model(shape), make_demonstrations(1), lr=LR)
+        METHODS[method](model, make_demonstrations(1), lr=LR)
 
 
 @both_methods
 def test_the_warning_points_at_the_callers_line(method):
+    model = make_model("folded")
     with pytest.warns(UserWarning, match="weights are processed: its layer norms are folded") as caught:
-        METHODS[method](make_model("folded"), make_demonstrations(1), lr=LR)
+        METHODS[method](model, make_demonstrations(1), lr=LR)
     assert [warning.filename for warning in caught] == [__file__]
 
 

@@ -5,7 +5,7 @@ Hugging Face model where TransformerLens has that class no more. It reads the
 language of `language.py` through a word-level Hugging Face fast tokenizer, so a token is an English word. What it was
 trained on and what it can do is written in `MODEL_CARD.md` beside the weights.
 
->>> model = load_bundled()
+>>> model = load_bundled(bridge=True)
 >>> model.to_str_tokens("Words: lion bread Label: animals")
 ['<bos>', 'Words:', 'lion', 'bread', 'Label:', 'animals']
 """
