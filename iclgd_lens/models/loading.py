@@ -93,8 +93,7 @@ def _processed(model: Any, process_weights: bool) -> HookedModel:
     """The model, its weights processed if they are to be."""
     if process_weights:
         model.enable_compatibility_mode() if is_bridge(model) else model.process_weights_()
-    checked: HookedModel = model
-    return checked
+    return cast(HookedModel, model)
 
 
 def _around(hf_model: Any, tokenizer: Any, backend: Backend) -> HookedModel:

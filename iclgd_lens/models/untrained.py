@@ -91,7 +91,8 @@ def _untrained_bridge(model: Any, generator: torch.Generator, keep: Sequence[Par
         _draw_hugging_face(twin, float(cfg.initializer_range), generator)
     twin = twin.to(cfg.device, cfg.dtype)
     trained = {name.replace("._original_component", ""): parameter for name, parameter in source.named_parameters()}
-    _take_over(twin.named_parameters(), trained, {name for part in keep for name in _names(twin)[part]})
+    names = _names(twin)
+    _take_over(twin.named_parameters(), trained, {name for part in keep for name in names[part]})
     return make_bridge(twin.train(source.training), tokenizer=model.tokenizer, name=cfg.model_name, architecture=cfg.architecture)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,18 +47,6 @@ class HookSites(ABC):
             depends on distances counted in array positions, as local windows do: there, prompts are batched by length.
     """
 
-    PLACES: ClassVar[tuple[str, ...]] = (
-        "residual_in",
-        "residual_out",
-        "projection_in",
-        "keys",
-        "values",
-        "scores",
-        "pattern",
-        "head_out",
-        "attention_out",
-    )
-
     model: HookedModel
     residual_in: tuple[str, ...]
     residual_out: tuple[str, ...]
@@ -72,7 +60,8 @@ class HookSites(ABC):
     exchangeable_padding: bool
 
     def __post_init__(self) -> None:
-        names = [name for place in self.PLACES for name in getattr(self, place)]
+        held = (getattr(self, field.name) for field in fields(self))
+        names = [name for place in held if isinstance(place, tuple) for name in place]
         if missing := [name for name in names if name not in self._points]:
             raise ValueError(f"the model has no hook named {missing[0]} ({len(missing)} needed hooks are missing)")
 
@@ -177,3 +166,21 @@ class HookSites(ABC):
     def _points(self) -> Mapping[str, Any]:
         points: Mapping[str, Any] = self.model.hook_dict
         return points
+
+
+def in_every_block(cfg: Any, place: str) -> tuple[str, ...]:
+    """The name of a place in each block of a model with this configuration."""
+    return tuple(f"blocks.{layer}.{place}" for layer in range(cfg.n_layers))
+
+
+def refuse_split_inputs(cfg: Any) -> None:
+    """Refuse a model whose attention is set to take its inputs head by head.
+
+    Raises:
+        ValueError: If it is, saying how to undo it.
+    """
+    if cfg.use_split_qkv_input or cfg.use_attn_in:
+        raise ValueError(
+            "the model has separate attention inputs per head (use_split_qkv_input or use_attn_in); turn them off with "
+            "model.set_use_split_qkv_input(False) and model.set_use_attn_in(False)"
+        )

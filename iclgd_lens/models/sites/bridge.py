@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from iclgd_lens.models.after_attention import AfterAttention
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.sites.base import HookSites, Keys, LastQuery, NamedHook
+from iclgd_lens.models.sites.base import HookSites, Keys, LastQuery, NamedHook, in_every_block, refuse_split_inputs
 
 _SCORES_BEFORE_SOFTMAX = (JointQKVAttentionBridge, PositionEmbeddingsAttentionBridge)
 """Attention bridges that run attention step by step, with a hook at its scores; so do those derived from them."""
@@ -53,20 +53,17 @@ class BridgeSites(HookSites):
         """
         _refuse_unsupported(model)
 
-        def at(place: str) -> tuple[str, ...]:
-            return tuple(f"blocks.{layer}.{place}" for layer in range(model.cfg.n_layers))
-
         return cls(
             model=model,
-            residual_in=at("hook_in"),
-            residual_out=at("hook_out"),
-            projection_in=at("attn.k.hook_in"),
-            keys=at("attn.k.hook_out"),
-            values=at("attn.v.hook_out"),
-            scores=at("attn.hook_attn_scores"),
-            pattern=at("attn.hook_pattern"),
-            head_out=at("attn.o.hook_in"),
-            attention_out=at("hook_attn_out"),
+            residual_in=in_every_block(model.cfg, "hook_in"),
+            residual_out=in_every_block(model.cfg, "hook_out"),
+            projection_in=in_every_block(model.cfg, "attn.k.hook_in"),
+            keys=in_every_block(model.cfg, "attn.k.hook_out"),
+            values=in_every_block(model.cfg, "attn.v.hook_out"),
+            scores=in_every_block(model.cfg, "attn.hook_attn_scores"),
+            pattern=in_every_block(model.cfg, "attn.hook_pattern"),
+            head_out=in_every_block(model.cfg, "attn.o.hook_in"),
+            attention_out=in_every_block(model.cfg, "hook_attn_out"),
             exchangeable_padding=_window(_hf_config(model)) >= model.cfg.n_ctx,
         )
 
@@ -226,11 +223,7 @@ def _refuse_unsupported(model: Any) -> None:
         )
     if model.original_model.training:
         raise ValueError("the model is in training mode, where dropout changes every run; call model.eval() first")
-    if model.cfg.use_split_qkv_input or model.cfg.use_attn_in:
-        raise ValueError(
-            "the model has separate attention inputs per head (use_split_qkv_input or use_attn_in); turn them off with "
-            "model.set_use_split_qkv_input(False) and model.set_use_attn_in(False)"
-        )
+    refuse_split_inputs(model.cfg)
 
 
 def _refuse_attention(attention: Any, layer: int, model: Any) -> None:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from iclgd_lens.models.after_attention import AfterAttention
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.sites.base import HookSites
+from iclgd_lens.models.sites.base import HookSites, in_every_block, refuse_split_inputs
 
 _POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 _KEYS_NORMALISED_TOGETHER = (*_POST_NORM_ARCHITECTURES, "OlmoeForCausalLM")
@@ -38,20 +38,17 @@ class TransformerSites(HookSites):
         reads_stream_directly = cfg.normalization_type is None or cfg.original_architecture in _POST_NORM_ARCHITECTURES
         normalised = "hook_resid_pre" if reads_stream_directly else "ln1.hook_normalized"
 
-        def at(place: str) -> tuple[str, ...]:
-            return tuple(f"blocks.{layer}.{place}" for layer in range(cfg.n_layers))
-
         return cls(
             model=model,
-            residual_in=at("hook_resid_pre"),
-            residual_out=at("hook_resid_post"),
-            projection_in=at(normalised),
-            keys=at("attn.hook_k"),
-            values=at("attn.hook_v"),
-            scores=at("attn.hook_attn_scores"),
-            pattern=at("attn.hook_pattern"),
-            head_out=at("attn.hook_z"),
-            attention_out=at("hook_attn_out"),
+            residual_in=in_every_block(cfg, "hook_resid_pre"),
+            residual_out=in_every_block(cfg, "hook_resid_post"),
+            projection_in=in_every_block(cfg, normalised),
+            keys=in_every_block(cfg, "attn.hook_k"),
+            values=in_every_block(cfg, "attn.hook_v"),
+            scores=in_every_block(cfg, "attn.hook_attn_scores"),
+            pattern=in_every_block(cfg, "attn.hook_pattern"),
+            head_out=in_every_block(cfg, "attn.hook_z"),
+            attention_out=in_every_block(cfg, "hook_attn_out"),
             exchangeable_padding=not cfg.use_local_attn,
         )
 
@@ -119,11 +116,7 @@ class TransformerSites(HookSites):
 
 
 def _refuse_unsupported(cfg: Any) -> None:
-    if cfg.use_split_qkv_input or cfg.use_attn_in:
-        raise ValueError(
-            "the model has separate attention inputs per head (use_split_qkv_input or use_attn_in); turn them off with "
-            "model.set_use_split_qkv_input(False) and model.set_use_attn_in(False)"
-        )
+    refuse_split_inputs(cfg)
     if cfg.positional_embedding_type == "shortformer":
         raise ValueError("shortformer models are not supported: their keys and values are made from different inputs")
     if cfg.positional_embedding_type == "alibi":
