@@ -98,6 +98,14 @@ def test_a_model_in_memory_can_be_converted_to_a_hooked_transformer_that_compute
         assert relative_error(model(tokens).log_softmax(-1), around(tokens).logits.log_softmax(-1)) < 1e-5
 
 
+def test_a_bridge_leaves_torch_s_random_state_alone():
+    around = small_model()
+    before = torch.get_rng_state()
+    load_model(hf_model=around)
+    load_model("bundled", backend="bridge")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_model_in_memory_can_have_its_weights_processed():
     model = load_model(hf_model=small_model(), process_weights=True)
     assert model.compatibility_mode
