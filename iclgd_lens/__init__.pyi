@@ -9,7 +9,10 @@ from .experiments.comparison import Comparison
 from .experiments.learning_rate import similarity_by_rate
 from .experiments.protocol import Protocol
 from .experiments.reproduce import reproduce
-from .experiments.results import paired_difference, summarise
+from .experiments.results import contrasts, paired_difference, summarise
+from .experiments.study import Study
+from .experiments.sweep import run_sweep
+from .experiments.sweep_results import load_results
 from .kernels.alignment import centred_alignment
 from .kernels.constructed import (
     GaussianSmoother,
@@ -85,6 +88,7 @@ __all__ = [
     "PromptFormat",
     "Protocol",
     "Query",
+    "Study",
     "TangentKernel",
     "Task",
     "View",
@@ -104,6 +108,7 @@ __all__ = [
     "choose_head",
     "claims",
     "compare",
+    "contrasts",
     "correct",
     "decompose",
     "demonstration_queries",
@@ -130,6 +135,7 @@ __all__ = [
     "linear_attention",
     "linearity",
     "load_model",
+    "load_results",
     "load_task",
     "median_bandwidth",
     "nadaraya_watson",
@@ -148,6 +154,7 @@ __all__ = [
     "regression_model",
     "regression_step",
     "reproduce",
+    "run_sweep",
     "same_prediction",
     "shuffled_weights",
     "sim_am",

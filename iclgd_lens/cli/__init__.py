@@ -12,6 +12,7 @@ from iclgd_lens.cli.demo import demo
 from iclgd_lens.cli.kernels import kernels
 from iclgd_lens.cli.report import report
 from iclgd_lens.cli.reproduce import reproduce
+from iclgd_lens.cli.sweep import sweep
 from iclgd_lens.cli.train_bundled import train_bundled
 
 app = typer.Typer(
@@ -19,5 +20,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="In-context learning against gradient descent, layer by layer, on TransformerLens models.",
 )
-for command in (demo, reproduce, kernels, report, train_bundled, bench):
+for command in (demo, reproduce, kernels, sweep, report, train_bundled, bench):
     app.command()(command)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 # Where nobody watches, as in a pipe, tables need not fold to 80 columns.
@@ -69,13 +69,14 @@ def require_writable(file: Path) -> None:
         raise PermissionError(f"cannot write {file}: no permission to write in {nearest}")
 
 
-def progress_bar() -> Progress:
-    """A bar that is gone when the work is done."""
+def progress_bar(*more: ProgressColumn) -> Progress:
+    """A bar that is gone when the work is done, with more columns before the time that is left."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        *more,
         TimeRemainingColumn(),
         console=console,
         transient=True,

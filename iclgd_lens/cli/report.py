@@ -11,12 +11,14 @@ from iclgd_lens.cli.common import console, errors_for_people
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run that iclgd demo, kernels or reproduce wrote.")],
+    run: Annotated[Path, typer.Argument(help="The folder that iclgd demo, kernels, reproduce or sweep wrote.")],
 ) -> None:
     """Write a run's report: one page with its summary, tables, figures, an example of attention and its setting."""
     with errors_for_people(), console.status("writing the report"):
         from iclgd_lens.experiments.folder import RunFolder
+        from iclgd_lens.experiments.sweep_folder import SweepFolder
         from iclgd_lens.views.report import write_report
+        from iclgd_lens.views.sweep_report import write_sweep_report
 
-        path = write_report(RunFolder.read(run))
+        path = write_sweep_report(run) if SweepFolder(run).is_one() else write_report(RunFolder.read(run))
     console.print(f"Report: {path}", soft_wrap=True, markup=False)

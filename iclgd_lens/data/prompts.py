@@ -82,6 +82,11 @@ class Query:
         if any(len(tokens) == 0 for tokens in self.label_tokens):
             raise ValueError(f"label word {[len(tokens) for tokens in self.label_tokens].index(0)} of a query has no tokens")
 
+    @property
+    def digest(self) -> str:
+        """What a model sees of it and its gold label, in 12 hex digits."""
+        return hashlib.sha256(json.dumps([self.tokens.tolist(), self.label]).encode()).hexdigest()[:12]
+
 
 def context_tokens(demonstrations: Sequence[Demonstration]) -> Int[Tensor, "pos"]:
     """Join demonstrations to the part of an in-context prompt that stands before the query: one BOS, then each without it.

@@ -15,9 +15,12 @@ name are in `data/registry.py`. The same seed gives the same episode on every ma
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +63,7 @@ class Task:
         most: How many demonstrations `k="fit"` draws before it keeps those that fit.
         reporting: The same on the rows that are kept for results where options are tuned, too; None for all of them.
         tuning: The same on rows whose queries are kept for tuning; None where every seed has queries of its own.
+        rows_digest: Tells its rows apart; empty where it draws from none.
     """
 
     name: str
@@ -68,6 +72,15 @@ class Task:
     most: int = MOST_DEMONSTRATIONS
     reporting: Task | None = None
     tuning: Task | None = None
+    rows_digest: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells tasks apart, in 16 hex digits: equal for equal names, prompts and rows. Of a task that draws from no rows, what it
+        draws for seed 0 stands for all that it draws.
+        """
+        drawn = self.rows_digest or repr(self.draw(self.most, self.most, 0))
+        return hashlib.sha256(repr((self.name, self.format, self.most, drawn)).encode()).hexdigest()[:16]
 
     def for_tuning(self) -> Task:
         """The task to choose options on, such as a learning rate, whose queries `for_reporting` never has. Take other seeds, too.
@@ -200,7 +213,9 @@ class Task:
 
         if query_rows is None:
             parted, third = shuffled(random.Random(f"{name}/tuning"), pool), len(pool) // 3
-            return replace(on(pool), reporting=on(parted[third:]), tuning=on(parted[:third]))
+            return replace(
+                on(pool), reporting=on(parted[third:]), tuning=on(parted[:third]), rows_digest=_rows_digest(label_words, pool)
+            )
         queries = shuffled(
             random.Random(f"{name}/queries"), checked_examples(query_rows, query_source, prompt_format, table, label_column)
         )
@@ -209,7 +224,8 @@ class Task:
             order = shuffled(random.Random(f"{name}/{seed}"), pool)
             return Draw(label_words, tuple(order[:k]), tuple(queries[:n_queries]))
 
-        return cls(name, prompt_format, draw_both, most=min(MOST_DEMONSTRATIONS, len(pool)), tuning=on(pool))
+        digest = _rows_digest(label_words, pool, queries)
+        return cls(name, prompt_format, draw_both, most=min(MOST_DEMONSTRATIONS, len(pool)), tuning=on(pool), rows_digest=digest)
 
     @classmethod
     def from_csv(cls, path: str | Path, *, query_path: str | Path | None = None, **options: Any) -> Task:
@@ -258,6 +274,11 @@ class Task:
         options.setdefault("name", Path(path).name)
         query_rows = None if query_path is None else read(Path(query_path))
         return cls.from_rows(read(Path(path)), query_rows=query_rows, **options)
+
+
+def _rows_digest(label_words: tuple[str, ...], *rows: list[Example]) -> str:
+    parts = [label_words, *([(sorted(row.fields.items()), row.label) for row in part] for part in rows)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def require_k(k: object) -> None:

@@ -1,56 +1,164 @@
-"""Cells: the parts of a long run, each kept in files of its own, so that a run that was stopped goes on where it was.
+"""Cells: the parts of a long run, each kept in a file of its own, so that a run that was stopped goes on where it was.
 
-A cell's files are named by a digest of everything that determines its content. What is there under that name is the cell; what is
-not there, or cannot be read, is made. Files appear whole or not at all.
+A cell's file is named by a digest of everything that determines its content, and says so inside. Files appear whole or not at all.
+What is damaged, or is there under another cell's name, is found by a checksum and is never read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from iclgd_lens.experiments.results import write_frame
+from iclgd_lens.files import written_whole
 
-RESULTS_FORMAT = 2
+RESULTS_FORMAT = 3
 """Raised when the meaning of results changes, so that older cells are made anew."""
+
+ABOUT = "iclgd_lens"
+"""The key, in a file's metadata, under which it says what it is."""
+
+PART = "part"
+"""The column that tells a cell's frames apart."""
+
+_END = 8
+"""The bytes that end a parquet file: the length of its footer, and four letters."""
 
 log = logging.getLogger(__name__)
 
+Frames = Mapping[str, pd.DataFrame]
 
-def cell(
-    folder: Path, name: str, key: Mapping[str, Any], parts: Sequence[str], make: Callable[[], Mapping[str, pd.DataFrame]]
-) -> dict[str, pd.DataFrame]:
+
+class DamagedCellError(ValueError):
+    """A file that is not the cell that its name says, or not all of it."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A folder of cells.
+
+    Attributes:
+        folder: The folder. Files lie in folders of their digest's first two digits, so that none holds too many.
+    """
+
+    folder: Path
+
+    def path(self, digest: str) -> Path:
+        """Where a cell is kept."""
+        return self.folder / digest[:2] / f"{digest}.parquet"
+
+    def write(self, digest: str, about: str, frames: Frames) -> None:
+        """Keep a cell's frames.
+
+        Args:
+            digest: Its `cell_digest`.
+            about: What it is, in words.
+            frames: Its frames, by name. Each is a row group of its own.
+        """
+        tables = {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in frames.items()}
+        schema = pa.unify_schemas([table.schema.remove_metadata() for table in tables.values()], promote_options="permissive")
+        schema = schema.insert(0, pa.field(PART, pa.string()))
+        says = {
+            "format": RESULTS_FORMAT,
+            "cell": digest,
+            "about": about,
+            "parts": {name: [table.column_names, table.schema.metadata[b"pandas"].decode()] for name, table in tables.items()},
+        }
+        sink = io.BytesIO()
+        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+            for name, table in tables.items():
+                writer.write_table(_in_schema(table, schema, name))
+            says |= {"bytes": sink.tell(), "crc32": zlib.crc32(sink.getbuffer())}
+            writer.add_key_value_metadata({ABOUT: json.dumps(says)})
+        with written_whole(self.path(digest)) as partial:
+            partial.write_bytes(sink.getbuffer())
+
+    def read(self, digest: str) -> dict[str, pd.DataFrame]:
+        """Read a cell's frames.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+            DamagedCellError: If its file is damaged, or another's.
+        """
+        content = self.path(digest).read_bytes()
+        says = _checked(content, digest)
+        table = pq.read_table(pa.BufferReader(content))
+        frames = {}
+        for name, (columns, pandas) in says["parts"].items():
+            part = table.filter(pc.field(PART) == name).select(columns)
+            frames[name] = part.replace_schema_metadata({"pandas": pandas}).to_pandas()
+        return frames
+
+    def check(self, digest: str) -> bool:
+        """Whether a cell is there, without reading its frames.
+
+        Raises:
+            DamagedCellError: If a file is there in its place that is damaged, or another's.
+        """
+        try:
+            content = self.path(digest).read_bytes()
+        except FileNotFoundError:
+            return False
+        _checked(content, digest)
+        return True
+
+
+def cell(cells: Cells, key: Mapping[str, Any], about: str, make: Callable[[], Frames]) -> Frames:
     """Read a cell's frames, or make them and keep them.
 
     Args:
-        folder: Where cells are kept.
-        name: How the files' names begin, for people.
+        cells: Where cells are kept.
         key: Everything that determines the frames, as JSON can write it.
-        parts: The names of the frames. The first is written last: where it is, the cell is whole.
+        about: What the cell is, in words.
         make: Makes the frames, by name.
     """
-    stem = cell_stem(name, key)
-    files = {part: folder / f"{stem}.{part}.parquet" for part in parts}
-    if files[parts[0]].exists():
-        try:
-            return {part: pd.read_parquet(file) for part, file in files.items()}
-        except (OSError, pa.ArrowException) as error:
-            log.warning("%s cannot be read (%s); it is made anew", stem, str(error).split("\n", maxsplit=1)[0])
+    digest = cell_digest(key)
+    try:
+        return cells.read(digest)
+    except FileNotFoundError:
+        pass
+    except DamagedCellError as error:
+        log.warning("%s; it is made anew", error)
     made = make()
-    for part in reversed(parts):
-        write_frame(made[part], files[part])
-    return {part: made[part] for part in parts}
+    cells.write(digest, about, made)
+    return made
 
 
-def cell_stem(name: str, key: Mapping[str, Any]) -> str:
-    """The beginning of a cell's file names: its name, and 16 hex digits for its key."""
+def cell_digest(key: Mapping[str, Any]) -> str:
+    """Tell cells apart, in 20 hex digits."""
     text = json.dumps({"format": RESULTS_FORMAT, **key}, sort_keys=True)
-    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name)[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _in_schema(table: pa.Table, schema: pa.Schema, part: str) -> pa.Table:
+    """A part's table with all columns of its cell."""
+    own = {PART: pa.array([part] * len(table), pa.string())} | {name: table[name] for name in table.column_names}
+    columns = [own[field.name].cast(field.type) if field.name in own else pa.nulls(len(table), field.type) for field in schema]
+    return pa.table(columns, schema=schema)
+
+
+def _checked(content: bytes, digest: str) -> Any:
+    """What a cell's file says of itself, if that is true."""
+    where = f"the file of cell {digest}"
+    try:
+        footer = int.from_bytes(content[-_END:-4], "little") + _END
+        says = json.loads(pq.read_metadata(pa.BufferReader(content[-footer:])).metadata[ABOUT.encode()])
+        whole = zlib.crc32(memoryview(content)[: says["bytes"]]) == says["crc32"]
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCellError(f"{where} is cut off or none of ours ({type(error).__name__})") from error
+    if not whole or len(content) - footer != says["bytes"]:
+        raise DamagedCellError(f"{where} is damaged: its checksum is another")
+    if says["cell"] != digest or says["format"] != RESULTS_FORMAT:
+        raise DamagedCellError(f"{where} holds another cell, {says['cell']} in format {says['format']}")
+    return says

@@ -19,14 +19,11 @@ from typing import Any
 import pandas as pd
 
 from iclgd_lens.experiments.paper import ALPHA_RANGE
-from iclgd_lens.experiments.results import EPISODE, estimate, paired_differences, refuse_pooling
+from iclgd_lens.experiments.results import EPISODE, OVER_TASKS, estimate, paired_differences, refuse_pooling
 
 METRICS = ("sim_aou", "sim_am_delta")
 
 COLUMNS = ["claim", "metric", "method", "twin", "task", "mean", "low", "high", "p", "draws", "outcome"]
-
-OVER_TASKS = "all tasks"
-"""What the column `task` says of draws of all tasks taken together."""
 
 
 def claims(frame: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pandas as pd
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.measure import Row
 
-PARTS = ("frame", "queries", "gradients", "heads", "problems")
+PARTS = ("frame", "queries", "gradients", "heads", "per_query", "problems")
 """The frames of a comparison."""
 
 ABOUT = ("method", "lr", "control")
@@ -20,6 +20,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "queries": (*ABOUT, "query", "label", "is_gold", "probability"),
     "gradients": (*ABOUT, "layer", "step", "gradient_norm"),
     "heads": (*ABOUT, "layer", "head", "metric", "value", "n", "undefined"),
+    "per_query": (*ABOUT, "query", "query_digest", "metric", "value"),
     "problems": (*ABOUT, "problem"),
 }
 """The columns of each frame after those that say which episode, options and model a row is about."""
@@ -29,6 +30,7 @@ TYPES: dict[str, dict[str, str]] = {
     "queries": {"lr": "float64", "query": "int64", "is_gold": "bool", "probability": "float64"},
     "gradients": {"lr": "float64", "layer": "int64", "step": "int64", "gradient_norm": "float64"},
     "heads": {"lr": "float64", "layer": "int64", "head": "int64", "value": "float64", "n": "int64", "undefined": "int64"},
+    "per_query": {"lr": "float64", "query": "int64", "value": "float64"},
     "problems": {"lr": "float64"},
 }
 """The types of those of its columns that hold numbers."""
@@ -51,6 +53,9 @@ class Comparison:
         gradients: One row per layer and step of every true update: `gradient_norm`, the ℓ2 norm over the trained parameters.
         heads: One row per metric, layer and head, of true updates and over all queries: `sim_am` and `sim_am_delta`, and, where
             kernel views were wanted, those of them that are about a single head. `value`, `n` and `undefined` are as in `frame`.
+        per_query: One row per metric and query, of true updates: SimAOU and SimAM_Δ, means over layers and heads, and whether the
+            prediction is right; of runs without update the latter alone. `query_digest` is the same for the same query behind other
+            demonstrations.
         problems: One row per update that diverged, with its `problem` in words; such an update has no other rows.
     """
 
@@ -58,6 +63,7 @@ class Comparison:
     queries: pd.DataFrame
     gradients: pd.DataFrame
     heads: pd.DataFrame
+    per_query: pd.DataFrame
     problems: pd.DataFrame
 
     @property
@@ -84,6 +90,7 @@ class Rows:
     queries: list[Row] = field(default_factory=list)
     gradients: list[Row] = field(default_factory=list)
     heads: list[Row] = field(default_factory=list)
+    per_query: list[Row] = field(default_factory=list)
     problems: list[Row] = field(default_factory=list)
 
     def add(self, part: str, rows: Iterable[Row], *, method: str, lr: float | None = None, control: str = "none") -> None:

@@ -99,6 +99,13 @@ def query_rows(run: Activations, label_words: tuple[str, ...]) -> Iterator[Row]:
             yield {"query": query, "label": word, "is_gold": index == gold, "probability": probability}
 
 
+def per_query_rows(metric: str, values: Float[Tensor, "query *layer_head"], digests: Sequence[str]) -> Iterator[Row]:
+    """One row per query: the mean of a metric over layers and heads, where it is defined."""
+    means = values.cpu().double().flatten(1).nanmean(dim=1) if values.ndim > 1 else values.cpu().double()
+    for query, (digest, value) in enumerate(zip(digests, means.tolist(), strict=True)):
+        yield {"query": query, "query_digest": digest, "metric": metric, "value": value}
+
+
 def gradient_rows(update: ParameterUpdate) -> Iterator[Row]:
     """One row per layer and step: the ℓ2 norm of the gradient (Deutch et al. 2024, Figure 4)."""
     for layer, norms in enumerate(update.gradient_norms.double().cpu().tolist()):

@@ -20,9 +20,9 @@ from typing import Any
 import pandas as pd
 
 from iclgd_lens.data.episodes import Episode
-from iclgd_lens.experiments.cells import cell
+from iclgd_lens.experiments.cells import Cells, Frames, cell
 from iclgd_lens.experiments.compare import Control, Method, compare, n_runs
-from iclgd_lens.experiments.comparison import PARTS, Comparison
+from iclgd_lens.experiments.comparison import Comparison
 from iclgd_lens.experiments.drawing import Draw, draw_for_tuning, draw_to_report, load_tasks
 from iclgd_lens.experiments.folder import FRAMES, write_frames
 from iclgd_lens.experiments.learning_rate import choose, search, similarity_by_rate
@@ -43,6 +43,7 @@ class Results:
         queries: As in `Comparison`.
         gradients: As in `Comparison`.
         heads: As in `Comparison`.
+        per_query: As in `Comparison`.
         problems: As in `Comparison`.
         rates: The learning rates used, one row per task and method: `task`, `method`, `lr`.
         searched: What `learning_rate.search` found; empty unless the protocol's `lr` is `"auto"`.
@@ -55,6 +56,7 @@ class Results:
     queries: pd.DataFrame
     gradients: pd.DataFrame
     heads: pd.DataFrame
+    per_query: pd.DataFrame
     problems: pd.DataFrame
     rates: pd.DataFrame
     searched: pd.DataFrame
@@ -65,8 +67,6 @@ class Results:
         """The frames by name."""
         return {name: getattr(self, name) for name in FRAMES}
 
-
-Frames = dict[str, pd.DataFrame]
 
 NOT_NUMERIC = ("model_name", "tokenizer_name", "device", "n_devices", "seed", "init_weights")
 """What a model's configuration says of where it comes from and where it is, and not of what it computes."""
@@ -107,7 +107,7 @@ def reproduce(
     run = _Run(
         model,
         protocol,
-        Path(out) / "cells",
+        Cells(Path(out) / "cells"),
         _model_key(model),
         batch_size,
         on_runs or (lambda runs, about: None),
@@ -137,7 +137,7 @@ class _Run:
 
     model: HookedModel
     protocol: Protocol
-    folder: Path
+    cells: Cells
     model_key: Mapping[str, Any]
     batch_size: int | None
     report: Callable[[int, str], None]
@@ -184,6 +184,7 @@ class _Run:
             whole.queries,
             whole.gradients,
             whole.heads,
+            whole.per_query,
             pd.concat([whole.problems, pd.DataFrame(problems)], ignore_index=True) if problems else whole.problems,
             pd.DataFrame(rates, columns=["task", "method", "lr"]),
             pd.concat(searched, ignore_index=True),
@@ -247,7 +248,7 @@ class _Run:
                     return {"frame": measure(subject(), [episode], [method], protocol.grid, **how)}
 
                 where = f"{about}, seed {episode.seed}, {method}"
-                frames.append(self._cell(where, key, ("frame",), make, len(protocol.grid))["frame"])
+                frames.append(self._cell(where, key, make, len(protocol.grid))["frame"])
         return pd.concat(frames, ignore_index=True)
 
     def comparisons(self, draw: Draw, rates: Mapping[Method, float]) -> Iterator[Comparison]:
@@ -269,7 +270,7 @@ class _Run:
                 }
                 make = partial(self._compare, called, subject, controls, episode, draw.other, rates)
                 about = f"{episode.task}, seed {episode.seed}, order {episode.order}, {called}"
-                yield Comparison(**self._cell(about, key, PARTS, make, n_runs(self.protocol.methods, controls)))
+                yield Comparison(**self._cell(about, key, make, n_runs(self.protocol.methods, controls)))
 
     def _subject(self, called: str, seed: int) -> HookedModel:
         return self.model if called == "trained" else untrained_twin(self.model, seed=seed, keep=TWINS[called])
@@ -297,13 +298,12 @@ class _Run:
             on_run=tick,
             **self.protocol.options,
         )
-        return {part: getattr(comparison, part) for part in PARTS}
+        return comparison.frames
 
     def _cell(
         self,
         about: str,
         key: Mapping[str, Any],
-        parts: Sequence[str],
         make: Callable[[Callable[[], None]], Frames],
         count: int,
     ) -> Frames:
@@ -316,7 +316,7 @@ class _Run:
             self.report(1, about)
 
         key = {"model": self.model_key, "options": {**self.protocol.options}, **key}
-        frames = cell(self.folder, about, key, parts, partial(make, tick))
+        frames = cell(self.cells, key, about, partial(make, tick))
         if ran < count:
             self.report(count - ran, about)
         return frames

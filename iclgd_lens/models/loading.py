@@ -138,6 +138,28 @@ def _bridged(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel
     return bridge
 
 
+def hub_name(name: str) -> str:
+    """What the hub calls a model that TransformerLens has a name for; other names are their own."""
+    return _aliases().get(name.lower(), name)
+
+
+def require_model(name: str) -> None:
+    """Check that a name may be a model's, without fetching it.
+
+    Raises:
+        ValueError: If it is neither `"bundled"`, a folder, a name that TransformerLens knows nor one that the hub might know.
+    """
+    aliases = _aliases()
+    if name == "bundled" or "/" in name or Path(name).is_dir() or name.lower() in aliases:
+        return
+    close = difflib.get_close_matches(name, ["bundled", *aliases], n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+    raise ValueError(
+        f"unknown model {name!r}{hint} It may be 'bundled', a folder with a Hugging Face model, or a name that TransformerLens "
+        "knows"
+    )
+
+
 def _load_named(name: str, backend: Backend, device: str, dtype: torch.dtype, process_weights: bool) -> HookedModel:
     """Fetch a model by its name."""
     instead = "give the path of a folder that holds the model, or use 'bundled'."
@@ -146,15 +168,11 @@ def _load_named(name: str, backend: Backend, device: str, dtype: torch.dtype, pr
         load = HookedTransformer.from_pretrained if process_weights else HookedTransformer.from_pretrained_no_processing
         with hub.asked(f"the model {name!r}", instead):
             return load(name, device=device, dtype=dtype).eval()
-    if backend == "hooked" or ("/" not in name and name.lower() not in aliases):
-        close = difflib.get_close_matches(name, ["bundled", *aliases], n=3)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-        raise ValueError(
-            f"unknown model {name!r}{hint} It may be 'bundled', a folder with a Hugging Face model, or a name that "
-            "TransformerLens knows"
-        )
+    require_model(name)
+    if backend == "hooked":
+        raise ValueError(f"TransformerLens has no HookedTransformer for {name!r}; load it with backend='bridge' or 'auto'")
     with hub.asked(f"the model {name!r}", instead):
-        bridge = TransformerBridge.boot_transformers(aliases.get(name.lower(), name), device=device, dtype=dtype)
+        bridge = TransformerBridge.boot_transformers(hub_name(name), device=device, dtype=dtype)
     bridge.original_model.eval()
     return _processed(bridge, process_weights)
 

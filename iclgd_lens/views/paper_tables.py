@@ -12,12 +12,12 @@ from typing import Any
 
 import pandas as pd
 
-from iclgd_lens.experiments.claims import OVER_TASKS, claims
+from iclgd_lens.experiments.claims import claims
 from iclgd_lens.experiments.orders import order_sensitivity
 from iclgd_lens.experiments.paper import AVERAGES, GD_SIM_AOU_RANGE, PAPER, reported
 from iclgd_lens.experiments.protocol import Protocol
 from iclgd_lens.experiments.reproduce import Results
-from iclgd_lens.experiments.results import Estimate, paired_difference, summarise
+from iclgd_lens.experiments.results import OVER_TASKS, Estimate, paired_difference, summarise
 from iclgd_lens.views.names import CONTROL_NAMES, METHOD_NAMES, METRIC_NAMES, RUN_NAMES, SUBSET_NAMES
 from iclgd_lens.views.sheets import P_VALUE, Column, Sheet
 

@@ -7,7 +7,7 @@ JavaScript libraries stand in it once. Whatever comes from data is text.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
@@ -53,10 +53,7 @@ def report(run: RunFolder) -> str:
         f'{"" if example is None else "<a href=#attention>attention</a> "}<a href="#setting">setting</a></nav>',
         '<h2 id="tables">Tables</h2>',
         *(sheet.html() for sheet in sheets(run)),
-        '<h2 id="figures">Figures</h2>',
-        f'<script type="text/plain" id="plotly">{in_script(get_plotlyjs())}</script>',
-        *(_figure(name, drawn.figure) for name, drawn in figures(run.frames).items()),
-        f"<script>{asset('report.js')}</script>",
+        *figure_section({name: drawn.figure for name, drawn in figures(run.frames).items()}),
         *([] if example is None else _attention(example)),
         '<h2 id="setting">Setting</h2>',
         "<p>Everything that was set, with versions; the seeds make the same draws on every machine.</p>",
@@ -107,6 +104,16 @@ def sheets(run: RunFolder) -> list[Sheet]:
     else:
         found = comparison_tables(frame)
     return [*found, *(kernel_tables(frame) if has_kernel_views(frame) else [])]
+
+
+def figure_section(drawn: Mapping[str, go.Figure]) -> list[str]:
+    """The parts of a page that show figures, with the library that draws them."""
+    return [
+        '<h2 id="figures">Figures</h2>',
+        f'<script type="text/plain" id="plotly">{in_script(get_plotlyjs())}</script>',
+        *(_figure(name, figure) for name, figure in drawn.items()),
+        f"<script>{asset('report.js')}</script>",
+    ]
 
 
 def _figure(name: str, figure: go.Figure) -> str:

@@ -134,9 +134,9 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     assert len(made) == 6
 
 
-def test_cells_that_lack_a_frame_are_made_anew(bundled, tmp_path, monkeypatch):
+def test_cells_that_are_not_there_are_made_anew(bundled, tmp_path, monkeypatch):
     first = reproduce(bundled, ONE, tmp_path)
-    lost = sorted((tmp_path / "cells").glob("*.heads.parquet"))
+    lost = sorted((tmp_path / "cells").rglob("*.parquet"))
     assert len(lost) == 6
     for file in lost[:2]:
         file.unlink()
@@ -214,12 +214,12 @@ def test_rates_are_tuned_on_no_row_that_is_reported_where_a_task_has_no_split_fo
 
 def test_cells_of_another_dtype_or_configuration_are_never_taken(bundled, double, tmp_path, monkeypatch):
     reproduce(bundled, ONE, tmp_path)
-    n_cells = len(list((tmp_path / "cells").iterdir()))
+    n_cells = len(list((tmp_path / "cells").rglob("*.parquet")))
     reproduce(double, ONE, tmp_path)
-    assert len(list((tmp_path / "cells").iterdir())) == 2 * n_cells
+    assert len(list((tmp_path / "cells").rglob("*.parquet"))) == 2 * n_cells
     monkeypatch.setattr(bundled.cfg, "eps", 1e-3)
     reproduce(bundled, ONE, tmp_path)
-    assert len(list((tmp_path / "cells").iterdir())) == 3 * n_cells
+    assert len(list((tmp_path / "cells").rglob("*.parquet"))) == 3 * n_cells
 
 
 def test_another_task_s_update_is_made_on_as_many_demonstrations(bundled, tmp_path, monkeypatch):

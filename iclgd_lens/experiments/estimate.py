@@ -1,0 +1,107 @@
+"""What a study will take, from probe cells that are run and thrown away."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from iclgd_lens.data.tasks import MOST_DEMONSTRATIONS
+from iclgd_lens.experiments.cell_runs import CellRuns
+from iclgd_lens.experiments.cells import Cells
+from iclgd_lens.experiments.grid import Cell, Grid, Group
+from iclgd_lens.experiments.study import ModelChoice
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the open cells of a study will take.
+
+    Attributes:
+        seconds: Of one worker, were it alone; a model's first loading is in it once.
+        file_bytes: Of all files of the study's cells, those that are there included.
+        memory_bytes: What a worker holds at most: of the process, or where cells run on a GPU, of that.
+        on_gpu: Which of both.
+        probes: How many cells were run for it.
+        problems: What probes failed with, in words.
+    """
+
+    seconds: float
+    file_bytes: float
+    memory_bytes: int
+    on_gpu: bool
+    probes: int
+    problems: tuple[str, ...]
+
+
+def estimate(grid: Grid, open_cells: Sequence[str], on_probe: Callable[[str], None] | None = None) -> Estimate:
+    """Run one cell of each kind on every model, and reckon from these.
+
+    A model's probes are the first cells, one for every method, control and way of making updates, of its group with the most
+    demonstrations. Time is taken to grow as k, so shorter prompts' is a little underestimated and longer ones' overestimated; tasks
+    are taken to be alike.
+
+    Args:
+        grid: The study's grid.
+        open_cells: The digests of the cells that are open.
+        on_probe: Called before every probe with what it is about.
+    """
+    wanted = frozenset(open_cells)
+    cost: dict[tuple[ModelChoice, tuple[object, ...]], tuple[float, float]] = {}
+    largest: dict[ModelChoice, float] = {}
+    problems, probes, loading = [], 0, 0.0
+    make = CellRuns(grid)
+    with TemporaryDirectory() as folder:
+        for model in grid.study.models:
+            group = max((g for g in grid.groups if g.model == model and g.called == "trained"), key=_size)
+            largest[model] = _size(group)
+            for cell in _kinds(group):
+                if on_probe is not None:
+                    on_probe(f"{group.about}: {cell.about}")
+                try:
+                    began = time.perf_counter()
+                    make.load(group)
+                    loaded = time.perf_counter()
+                    loading += loaded - began
+                    frames = make(group, cell)
+                    Cells(Path(folder)).write(cell.digest, cell.about, frames)
+                    seconds = time.perf_counter() - loaded
+                    cost[model, _kind(cell)] = (seconds, Cells(Path(folder)).path(cell.digest).stat().st_size)
+                    probes += 1
+                except Exception as error:  # which the sweep will record, and go on
+                    problems.append(f"{group.about}: {cell.about}: {type(error).__name__}: {error}")
+                    make.forget()
+    seconds, size = loading, 0.0
+    for group in grid.groups:
+        for cell in group.cells:
+            took, held = cost.get((group.model, _kind(cell)), (0.0, 0.0))
+            size += held
+            if cell.digest in wanted:
+                seconds += took * _size(group) / largest[group.model]
+    on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
+    memory = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident()
+    return Estimate(seconds, size, memory, on_gpu, probes, tuple(problems))
+
+
+def _size(group: Group) -> float:
+    return float(MOST_DEMONSTRATIONS if group.k == "fit" else group.k)
+
+
+def _kind(cell: Cell) -> tuple[object, ...]:
+    return cell.method, cell.control, cell.updates
+
+
+def _kinds(group: Group) -> list[Cell]:
+    """A group's first cell of each kind."""
+    return list({_kind(cell): cell for cell in reversed(group.cells)}.values())[::-1]
+
+
+def _peak_resident() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

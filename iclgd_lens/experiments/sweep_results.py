@@ -1,0 +1,125 @@
+"""What sweeps found, read lazily: millions of rows stay on the disk until they are asked for.
+
+found = load_results("sst2-sweep")
+found.frame()                                                   # as `Comparison.frame`, of all cells
+found.frame("per_query", pc.field("metric") == "sim_aou")       # only these rows are read
+found.dataset.to_batches(columns=["task", "value"])             # or anything that pyarrow can do
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from iclgd_lens.experiments.cells import PART, DamagedCellError
+from iclgd_lens.experiments.comparison import COLUMNS, TYPES
+from iclgd_lens.experiments.sweep_folder import SweepFolder
+
+SOURCE = {
+    "model_name": pa.string(),
+    "dtype": pa.string(),
+    "task": pa.string(),
+    "k": pa.int64(),
+    "seed": pa.int64(),
+    "order": pa.int64(),
+    "n_queries": pa.int64(),
+    "loss_on": pa.string(),
+    "readout": pa.string(),
+    "schedule": pa.string(),
+    "epochs": pa.int64(),
+    "parameters": pa.string(),
+    "model": pa.string(),
+}
+"""The columns that say where a row comes from, and their types."""
+
+_ARROW = {"float64": pa.float64(), "int64": pa.int64(), "Int64": pa.int64(), "bool": pa.bool_()}
+
+_PARTS = ("frame", "queries", "gradients", "heads", "per_query")
+"""The frames of a comparison that cells have; an update that diverged has no cell."""
+
+log = logging.getLogger(__name__)
+
+
+def _schema() -> pa.Schema:
+    types: dict[str, pa.DataType] = {PART: pa.string(), **SOURCE}
+    for part in _PARTS:
+        types |= {name: _ARROW[TYPES[part][name]] if name in TYPES[part] else pa.string() for name in COLUMNS[part]}
+    return pa.schema(types)
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResults:
+    """The cells of a folder.
+
+    Attributes:
+        dataset: Every row of every cell; the column `part` says which frame it is of, and columns that this does not have are null.
+        cells: How many cells there are.
+        damaged: Why files could not be read, by the digests of their cells; they are left out.
+    """
+
+    dataset: ds.Dataset
+    cells: int
+    damaged: Mapping[str, str]
+
+    def frame(self, part: str = "frame", where: pc.Expression | None = None) -> pd.DataFrame:
+        """Read a frame of all cells, or those rows of it that are wanted.
+
+        Args:
+            part: Which of the frames of `Comparison`; `problems` are in the folder's failures.
+            where: A condition on its columns.
+
+        Returns:
+            Its rows, with the columns `model_name` and `dtype` in front, sorted by where they come from.
+
+        Raises:
+            ValueError: If there is no such frame.
+        """
+        if part not in _PARTS:
+            raise ValueError(f"part must be one of {', '.join(_PARTS)}; got {part!r}")
+        wanted = pc.field(PART) == part
+        table = self.dataset.to_table([*SOURCE, *COLUMNS[part]], filter=wanted if where is None else wanted & where)
+        frame = table.to_pandas().astype(TYPES[part])
+        # In the order of the grid and not of the file names, which are digests.
+        return frame.sort_values(list(SOURCE), kind="stable", ignore_index=True)
+
+
+def load_results(folder: str | Path, study: str | None = None) -> SweepResults:
+    """Open the cells of a sweep's folder.
+
+    Args:
+        folder: The folder.
+        study: Of which study; by default of all that the folder holds. Cells that an option was changed for since belong to none.
+
+    Raises:
+        FileNotFoundError: If it is not the folder of a sweep.
+        ValueError: If there is no such study, or its file is damaged.
+    """
+    place = SweepFolder(Path(folder))
+    studies = place.studies()
+    if study is not None and study not in studies:
+        raise ValueError(f"{folder} holds no study {study!r}; it holds {', '.join(studies)}")
+    digests = dict.fromkeys(digest for name, each in studies.items() if study in (None, name) for digest in each["cells"])
+
+    def check(digest: str) -> tuple[bool, str]:
+        try:
+            return place.cells.check(digest), ""
+        except DamagedCellError as error:
+            return False, str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checked = dict(zip(digests, pool.map(check, digests, chunksize=64), strict=True))
+    damaged = {digest: reason for digest, (_, reason) in checked.items() if reason}
+    for reason in damaged.values():
+        log.warning("%s; it is left out", reason)
+    paths = [str(place.cells.path(digest)) for digest, (there, _) in checked.items() if there]
+    dataset = ds.dataset(paths, schema=_schema(), format="parquet") if paths else ds.dataset(_schema().empty_table())
+    return SweepResults(dataset, len(paths), damaged)
