@@ -11,6 +11,7 @@ import torch
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.compare import Finetuned, Reference
+from iclgd_lens.experiments.comparison import PARTS
 from iclgd_lens.experiments.grid import RUNS, Cell, Grid, Group
 from iclgd_lens.experiments.protocol import TWINS
 from iclgd_lens.models.hooked import HookedModel
@@ -58,7 +59,7 @@ class CellRuns:
             else:
                 other = self._other(group, reference.episode) if cell.control == "other_task" else None
                 reference.add_control(rows, cell.control, finetuned, cell.updates.options(), other, gd_run)
-        frames = {name: frame for name, frame in rows.comparison().frames.items() if len(frame) or name == "frame"}
+        frames = {part: rows.made(part) for part in PARTS if part == "frame" or getattr(rows, part)}
         for frame in frames.values():
             frame.insert(0, "model_name", group.model.shown)
             frame.insert(1, "dtype", group.model.dtype)

@@ -100,9 +100,13 @@ class Rows:
 
     def comparison(self) -> Comparison:
         """Make frames of the rows."""
-        frames = {part: pd.DataFrame(getattr(self, part), columns=[*self.source, *COLUMNS[part]]) for part in PARTS}
-        # A frame without any row would hold objects, and would make objects of numbers that it is joined with.
-        return Comparison(**{part: frame.astype(TYPES[part]) for part, frame in frames.items()})
+        return Comparison(**{part: self.made(part) for part in PARTS})
+
+    def made(self, part: str) -> pd.DataFrame:
+        """Make a frame of the rows of one part."""
+        frame = pd.DataFrame(getattr(self, part), columns=[*self.source, *COLUMNS[part]])
+        # Without any row it would hold objects, and would make objects of numbers that it is joined with.
+        return frame.astype(TYPES[part])
 
 
 def source_columns(episode: Episode, options: Mapping[str, Any], called: str) -> dict[str, Any]:

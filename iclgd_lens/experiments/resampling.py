@@ -1,8 +1,8 @@
 """Resampling: how well a mean of paired differences is known, and whether it is zero.
 
 A difference is one number for a draw of demonstrations and a query, such as the SimAOU of LCGD minus that of GD. A task is a
-stratum. The estimate is the mean over tasks of the mean over a task's draws of the mean over a draw's queries: tasks are fixed and
-count alike; draws are what varies, and queries with them. A task's design is *nested* if each draw has queries of its
+stratum. In what follows the estimate is the mean over tasks of the mean over a task's draws of the mean over a draw's queries: tasks
+are fixed and count alike; draws are what varies, and queries with them. A task's design is *nested* if each draw has queries of its
 own, and *crossed* if all its draws have the same ones, so that queries are no more independent than there are of them.
 
     >>> import numpy as np
@@ -68,13 +68,34 @@ class Stratum:
 def bootstrap_interval(
     strata: Sequence[Stratum], level: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """A confidence interval of the estimate: a studentised hierarchical bootstrap.
+    """A confidence interval of the estimate: a hierarchical bootstrap-t (Efron and Tibshirani 1993, chapter 12).
+
+    A nested task is resampled by drawing its draws with replacement and, anew in each of them, queries; a crossed one by drawing its
+    draws and, for all of them together, its queries: the pigeonhole bootstrap (Owen 2007). Percentiles of resampled means alone
+    would be wrong: too narrow by (draws − 1)/draws in variance, and counting twice what varies within a draw (the rest of a crossed
+    table three times). So each replicate, as the sample, is divided by its own standard error, to which the same happens, and the
+    interval is estimate − t* error with both quantiles of t* = (mean* − estimate) / error*. Errors are from the spread of draws'
+    means if nested, and from a two-way analysis of variance if crossed, with components of variance no less than zero.
+
+    Coverage of 95 % intervals in 2,000 simulations each, whose sampling error is 0.5 %, of normal effects of draws and queries:
+    nested 10 draws × 32 queries 94.5 %; crossed 10 × 64 95 %; three tasks of 5 × 32 95.5 %; with a third of values undefined
+    95–96 %; crossed tables in which only the rest varies, where a component cut off at zero is too large, 97 %. With exponential
+    effects of draws it is 92–94 % (t-intervals 89–91 %), the misses on the side of the long tail. A single task of 5 draws reaches
+    95 %, with intervals 1.1 to 1.4 times as wide as t-intervals. A single task of 3 draws would reach 95–98 %, with intervals up
+    to nine times as wide where queries vary little, as a ninth of replicates repeats one draw: it has none. Several tasks of only two
+    or three draws each cover 96–99 % and more, and are up to three times too wide.
 
     Args:
         strata: One per task.
         level: The interval's nominal coverage, between 0 and 1.
         n_resamples: How many replicates.
         seed: Seeds them.
+
+    Returns:
+        The lower and the upper end. Both are the estimate where all of a task's values are equal, in every task. They are NaN if a
+        task has fewer than two draws with a defined value (if crossed, also queries), if draws − 1 (if crossed, that of draws or
+        queries, whichever are fewer) over all tasks add up to less than `FREEDOM`, if the draws' means do not vary though values do,
+        or if a replicate that varies nowhere sets an end, as happens where tasks have few draws of one query each.
 
     Raises:
         ValueError: If `level` or `n_resamples` is out of range.

@@ -34,7 +34,7 @@ MOST_SEED = 2**31 - 1
 
 
 def _listed(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
+    return list(value) if isinstance(value, list | tuple | range) else [value]
 
 
 def _different(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -191,15 +191,7 @@ def test_draws_and_queries_without_a_defined_value_are_left_out(rng):
         [Stratum(np.arange(40.0).reshape(10, 4) ** 2, crossed=False), Stratum(np.arange(4.0)[None], crossed=False)],
         [Stratum(np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]] * 4), crossed=False)],
     ],
-    ids=[
-        "no task",
-        "one draw",
-        "nothing defined",
-        "four draws",
-        "four queries",
-        "a task of one draw",
-        "equal draws of unequal queries",
-    ],
+    ids=["no task", "one draw", "nothing defined", "four draws", "four queries", "a task of one draw", "equal draws"],
 )
 def test_there_is_no_interval_where_it_cannot_be_honest(strata):
     assert np.isnan(bootstrap_interval(strata)).all()
