@@ -27,6 +27,12 @@ def bench(
     dtypes: Annotated[
         bool, typer.Option("--dtypes", help="Measure what half precision does to results of the bundled model, and no job.")
     ] = False,
+    grid: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Measure what a sweep of about so many cells costs beside the cells, and no job; may be repeated."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; by default its own choice.")] = None,
     device: Device = None,
     dtype: DType = "float32",
@@ -48,13 +54,16 @@ def bench(
         if model in NEEDS_GPU and parse_device(device) == "cpu":
             console.print(f"{model}: no GPU", markup=False)
             return
-        if growth and dtypes:
-            raise ValueError("--growth and --dtypes are measured apart; give one of them")
+        if growth + dtypes + bool(grid) > 1:
+            raise ValueError("--growth, --dtypes and --grid are measured apart; give one of them")
         if growth:
             _growth(repeats, device, out)
             return
         if dtypes:
             _dtypes(device, out)
+            return
+        if grid:
+            _sweeps(grid, out)
             return
         sizes = Sizes(k=k, demonstration=demonstration, queries=queries, query=query)
         with console.status(Text(f"building {model}")) as status:
@@ -90,4 +99,16 @@ def _dtypes(device: str | None, out: Path) -> None:
         frame = dtype_agreement(device=device, on_dtype=lambda name: status.update(Text(f"measuring {name}")))
         write_frame(frame, out)
     console.print(precision_table(frame).rich())
+    console.print(f"Results: {out}", soft_wrap=True, markup=False)
+
+
+def _sweeps(sizes: list[int], out: Path) -> None:
+    from iclgd_lens.benchmarks.sweeps import measure_sweep, sweep_table
+    from iclgd_lens.experiments.results import write_frame
+
+    with console.status("measuring") as status:
+        costs = [measure_sweep(size, lambda step, size=size: status.update(Text(f"{size} cells: {step}"))) for size in sizes]
+    table = sweep_table(costs)
+    write_frame(table.numbers, out)
+    console.print(table.rich())
     console.print(f"Results: {out}", soft_wrap=True, markup=False)

@@ -1,9 +1,9 @@
 """Resampling: how well a mean of paired differences is known, and whether it is zero.
 
 A difference is one number for a draw of demonstrations and a query, such as the SimAOU of LCGD minus that of GD. A task is a
-stratum. In what follows the estimate is the mean over tasks of the mean over a task's draws of the mean over a draw's queries: tasks
-are fixed and count alike; draws are what varies, and queries with them. A task's design is *nested* if each draw has queries of its
-own, and *crossed* if all its draws have the same ones, so that queries are no more independent than there are of them.
+stratum. In what follows the estimate is the mean over tasks of the mean over a task's draws of the mean over a draw's queries.
+Tasks are fixed and count alike; draws are what varies, and queries with them. A task is *nested* if each draw has queries of its
+own, and *crossed* if all its draws have the same ones; then what a query adds to all draws does not average out over draws.
 
     >>> import numpy as np
     >>> differences = np.random.default_rng(0).normal(0.5, 1.0, (10, 32))
@@ -27,7 +27,7 @@ from scipy import special, stats
 from statsmodels.stats.multitest import multipletests
 
 FREEDOM = 4
-"""The fewest degrees of freedom with which `bootstrap_interval` gives an interval."""
+"""The fewest degrees of freedom with which `bootstrap_interval` gives an interval: a single task of 5 draws has as many."""
 
 ROUNDING = 1e-12
 """A standard error this far below the largest deviation is zero but for rounding."""
@@ -70,20 +70,21 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """A confidence interval of the estimate: a hierarchical bootstrap-t (Efron and Tibshirani 1993, chapter 12).
 
-    A nested task is resampled by drawing its draws with replacement and, anew in each of them, queries; a crossed one by drawing its
-    draws and, for all of them together, its queries: the pigeonhole bootstrap (Owen 2007). Percentiles of resampled means alone
-    would be wrong: too narrow by (draws − 1)/draws in variance, and counting twice what varies within a draw (the rest of a crossed
-    table three times). So each replicate, as the sample, is divided by its own standard error, to which the same happens, and the
-    interval is estimate − t* error with both quantiles of t* = (mean* − estimate) / error*. Errors are from the spread of draws'
-    means if nested, and from a two-way analysis of variance if crossed, with components of variance no less than zero.
+    A nested task is resampled by drawing its draws with replacement and, anew in each of them, queries; a crossed one by drawing
+    its draws and, for all of them together, its queries: the pigeonhole bootstrap (Owen 2007). Percentiles of resampled means would
+    be no interval: with few draws they vary too little by (draws − 1)/draws, and what varies within a draw counts twice (the rest
+    of a crossed table three times). So each replicate is divided by its own standard error, as the sample is by its, and the ends
+    are estimate − t* error at both quantiles of t* = (mean* − estimate) / error*. A nested task's error is from the spread of its
+    draws' means, a crossed one's from a two-way analysis of variance whose components are no less than zero.
 
-    Coverage of 95 % intervals in 2,000 simulations each, whose sampling error is 0.5 %, of normal effects of draws and queries:
-    nested 10 draws × 32 queries 94.5 %; crossed 10 × 64 95 %; three tasks of 5 × 32 95.5 %; with a third of values undefined
-    95–96 %; crossed tables in which only the rest varies, where a component cut off at zero is too large, 97 %. With exponential
-    effects of draws it is 92–94 % (t-intervals 89–91 %), the misses on the side of the long tail. A single task of 5 draws reaches
-    95 %, with intervals 1.1 to 1.4 times as wide as t-intervals. A single task of 3 draws would reach 95–98 %, with intervals up
-    to nine times as wide where queries vary little, as a ninth of replicates repeats one draw: it has none. Several tasks of only two
-    or three draws each cover 96–99 % and more, and are up to three times too wide.
+    Coverage of 95 % intervals in 2,000 simulations each (± 0.5 %), where effects of draws and queries are normal: nested, 10 draws
+    of 32 queries, 94.5 %; crossed, 10 × 64, 95 %; three nested tasks of 5 draws of 32 queries, 95.5 %; with a third of the values
+    undefined, 95–96 %; crossed, where neither draws nor queries differ and components are cut off at zero, 97 %. Where effects of
+    draws are exponential it is 92–94 % (that of t-intervals 89–93 %), most misses being on the side of the long tail.
+
+    With few draws it covers, but is wide. A single task of 5 draws reaches 94–95 %, with intervals 1.1 to 1.3 times as wide as
+    t-intervals; tasks of two or three draws each reach 96 % and more, up to three times as wide. A single task of 3 draws would
+    reach 94–98 %, up to nine times as wide, as a ninth of its replicates repeat one draw. It has no interval.
 
     Args:
         strata: One per task.
@@ -92,10 +93,10 @@ def bootstrap_interval(
         seed: Seeds them.
 
     Returns:
-        The lower and the upper end. Both are the estimate where all of a task's values are equal, in every task. They are NaN if a
-        task has fewer than two draws with a defined value (if crossed, also queries), if draws − 1 (if crossed, that of draws or
-        queries, whichever are fewer) over all tasks add up to less than `FREEDOM`, if the draws' means do not vary though values do,
-        or if a replicate that varies nowhere sets an end, as happens where tasks have few draws of one query each.
+        The lower and the upper end. Both are the estimate where every task's values are all equal. They are NaN if a task has fewer
+        than two draws with a defined value (if crossed, or queries); if its draws − 1 (if crossed, or queries − 1, the fewer),
+        summed over tasks, are below `FREEDOM`; if values vary and the means of nested draws do not; or if an end would be infinite,
+        as can be where tasks have few draws of one query each.
 
     Raises:
         ValueError: If `level` or `n_resamples` is out of range.

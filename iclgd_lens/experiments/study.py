@@ -203,7 +203,7 @@ class Study(_Strict):
     updates: Annotated[tuple[Updates, ...], Several, Field(min_length=1)] = (Updates(),)
     data: str | None = None
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    executor: Annotated[Local | Slurm | Debug, Field(discriminator="kind")] = Local()
+    executor: Annotated[Local | Slurm | Debug, Field(discriminator="kind", validate_default=True)] = Local()
 
     @field_validator("models", mode="before")
     @classmethod

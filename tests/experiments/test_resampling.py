@@ -197,6 +197,12 @@ def test_there_is_no_interval_where_it_cannot_be_honest(strata):
     assert np.isnan(bootstrap_interval(strata)).all()
 
 
+def test_there_is_no_interval_where_replicates_that_vary_nowhere_set_its_ends():
+    # One replicate in 2⁴ repeats one of the two draws in every task.
+    strata = [Stratum(np.array([[0.0], [2.0**i]]), crossed=False) for i in range(4)]
+    assert np.isnan(bootstrap_interval(strata, n_resamples=20_000)).all()
+
+
 @pytest.mark.parametrize("crossed", [False, True])
 def test_equal_values_are_known_exactly(crossed):
     strata = [Stratum(np.full((5, 7), value), crossed) for value in (0.1, 0.4)]
@@ -256,7 +262,12 @@ def test_where_nothing_differs_one_permutation_test_in_twenty_rejects(rng):
 
 @pytest.mark.parametrize(
     "tasks",
-    [[[0.3, -0.1, 0.4, 0.2]], [[0.1, 0.2, -0.3]], [[0.5, 0.2], [-0.1, 0.4, 0.3, 0.1]], [[1.0, 1.0, 1.0], [2.0, -1.0]]],
+    [
+        [[0.3, -0.1, 0.4, 0.2]],
+        [[0.3, 0.5, 0.2, -0.4, -0.8, 0.2]],
+        [[0.5, 0.2], [-0.1, 0.4, 0.3, 0.1]],
+        [[1.0, 1.0, 1.0], [2.0, -1.0]],
+    ],
     ids=["one task", "a mean of zero but for rounding", "two tasks", "ties"],
 )
 def test_the_permutation_p_is_the_share_of_signs_with_as_large_a_mean(tasks):
