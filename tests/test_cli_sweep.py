@@ -72,12 +72,6 @@ def test_the_report_shows_differences_with_their_episodes_means_and_failures(fin
     assert result.exit_code == 0, result.output
     page = (folder / "out" / "report.html").read_text()
     for expected in ("80 of 144 cells are done, 64 failed", "<th>episodes</th>", "<th>p, Holm</th>", "64 cells that failed"):
- cells are done, 64 failed",
-        "<th>episodes</th>",
-        "<th>p, Holm</th>",
-        "64 cells that failed",
-        "DivergedError",
-    ):
         assert expected in page
     assert 'class="figure"' in page
 

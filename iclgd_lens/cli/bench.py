@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -107,7 +108,11 @@ def _sweeps(sizes: list[int], out: Path) -> None:
     from iclgd_lens.experiments.results import write_frame
 
     with console.status("measuring") as status:
-        costs = [measure_sweep(size, lambda step, size=size: status.update(Text(f"{size} cells: {step}"))) for size in sizes]
+
+        def tell(size: int, step: str) -> None:
+            status.update(Text(f"{size} cells: {step}"))
+
+        costs = [measure_sweep(size, partial(tell, size)) for size in sizes]
     table = sweep_table(costs)
     write_frame(table.numbers, out)
     console.print(table.rich())
