@@ -63,7 +63,7 @@ def sweep(
                 about = now.running[0] if now.running else ""
                 more = f" and {len(now.running) - 1} more" if len(now.running) > 1 else ""
                 failed = f", {now.failed} failed" if now.failed else ""
-                progress.update(bar, completed=now.done, description=f"{about}{more}", failed=failed)
+                progress.update(bar, completed=now.done + now.failed, description=f"{about}{more}", failed=failed)
 
             outcome = run_sweep(
                 read, out, name=study.stem, grid=grid, retry_failed=retry_failed, wait=not detach, on_progress=on_progress
@@ -115,8 +115,13 @@ def _show_cells(grid: Grid, plan: sweeping.Plan) -> None:
 
 
 def _show_estimate(grid: Grid, plan: sweeping.Plan) -> None:
-    from iclgd_lens.experiments.estimate import estimate
+    import torch
 
+    from iclgd_lens.experiments.estimate import estimate
+    from iclgd_lens.experiments.sweep import threads_of
+
+    if threads := threads_of(grid.study):
+        torch.set_num_threads(threads)  # as its workers do
     with console.status("running probes") as status:
         found: Estimate = estimate(grid, plan.open, lambda about: status.update(Text(f"probe: {about}")))
     for problem in found.problems:

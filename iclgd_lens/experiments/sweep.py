@@ -38,6 +38,8 @@ Make = Callable[[Group, Cell], dict[str, pd.DataFrame]]
 Maker = Callable[[Grid], Make]
 """What makes cells, begun anew in every worker."""
 
+OnCell = Callable[[bool], None]
+
 PATIENCE = 2
 """After how many launches in a row that brought nothing a sweep gives up."""
 
@@ -188,7 +190,7 @@ class Worker:
         index: The number of this worker, from 0.
         of: How many there are.
         maker: What makes cells.
-        on_cell: Called after every cell.
+        on_cell: Called after every cell with whether it failed.
     """
 
     study: Study
@@ -198,7 +200,7 @@ class Worker:
     index: int
     of: int
     maker: Maker = CellRuns
-    on_cell: Callable[[], None] | None = field(default=None, compare=False)
+    on_cell: OnCell | None = field(default=None, compare=False)
 
     def __call__(self) -> int:
         """Run, and return how many cells were made or failed.
@@ -231,7 +233,7 @@ def work(
     wanted: frozenset[str],
     make: Make,
     share: tuple[int, int] = (0, 1),
-    on_cell: Callable[[], None] | None = None,
+    on_cell: OnCell | None = None,
 ) -> int:
     """Run those of a grid's cells that are wanted, open, and of groups that nobody is at; return how many were made or failed.
 
@@ -242,7 +244,7 @@ def work(
         make: Makes a cell.
         share: The number of this worker and how many there are; each begins at its own place in the grid and goes all around, so
             that who is done early helps the others.
-        on_cell: Called after every cell.
+        on_cell: Called after every cell with whether it failed.
     """
     groups = [group for group in grid.groups if any(cell.digest in wanted for cell in group.cells)]
     start = len(groups) * share[0] // share[1]
@@ -266,7 +268,7 @@ def work(
                         _run(group, cell, about, folder, make)
                     n_ran += 1
                     if on_cell is not None:
-                        on_cell()
+                        on_cell(folder.has_failed(cell.digest))
             finally:
                 claim.end()
     return n_ran
@@ -365,13 +367,13 @@ def slurm_executor(choice: Slurm, logs: Path) -> submitit.AutoExecutor:
     return executor
 
 
-def _counting(folder: SweepFolder, open_cells: Sequence[str], tell: Callable[[Progress], None]) -> Callable[[], None]:
+def _counting(folder: SweepFolder, open_cells: Sequence[str], tell: Callable[[Progress], None]) -> OnCell:
     """What tells of progress where cells are run in this process."""
-    count = {"ran": 0}
+    count = {True: 0, False: 0}
 
-    def on_cell() -> None:
-        count["ran"] += 1
-        tell(Progress(count["ran"], 0, len(open_cells) - count["ran"], tuple(folder.running())))
+    def on_cell(failed: bool) -> None:
+        count[failed] += 1
+        tell(Progress(count[False], count[True], len(open_cells) - sum(count.values()), tuple(folder.running())))
 
     return on_cell
 

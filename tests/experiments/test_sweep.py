@@ -20,7 +20,7 @@ from submitit.slurm.test_slurm import mocked_slurm
 
 from iclgd_lens import Study, load_results, run_sweep
 from iclgd_lens.experiments.grid import Grid
-from iclgd_lens.experiments.sweep import Plan, Worker, work
+from iclgd_lens.experiments.sweep import Plan, Progress, Worker, work
 from iclgd_lens.experiments.sweep_folder import SweepFolder
 from tests.experiments.trivial_cells import Trivial
 
@@ -174,8 +174,10 @@ def test_a_group_runs_its_queries_in_context_once(tmp_path, monkeypatch):
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path):
     # At this rate updates become non-finite.
     chosen = study(tasks="bundled/remapped", seeds=[0], k=[4], queries=2, lr=[0.01, 1e30], twins=[])
-    outcome = run_sweep(chosen, tmp_path)
+    told: list[Progress] = []
+    outcome = run_sweep(chosen, tmp_path, on_progress=told.append)
     assert (outcome.done, outcome.failed) == (5, 4)
+    assert (told[-1].done, told[-1].failed, told[-1].open) == (5, 4, 0)
     failures = SweepFolder(tmp_path).failures()
     assert all("DivergedError" in failure.reason and "1e+30" in failure.about for failure in failures)
     assert all("Traceback" in failure.trace for failure in failures)
