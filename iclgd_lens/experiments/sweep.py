@@ -6,7 +6,7 @@
 ...     first = run_sweep(study, folder)
 ...     again = run_sweep(study, folder)
 >>> first.done, first.failed, again.was_done
-(8, 0, 8)
+(10, 0, 10)
 """
 
 from __future__ import annotations
