@@ -174,7 +174,7 @@ def run_sweep(
             time.sleep(SOON)  # another sweep is at them
         elif (in_vain := in_vain + 1) >= PATIENCE:
             raise RuntimeError(_what_they_said(jobs, folder))
-    end = Plan.of(grid, folder) if wait else plan
+    end = Plan.of(grid, folder) if wait and plan is not first else plan
     return Outcome(len(first.done), len(end.done) - len(first.done), len(end.failed), len(end.open), first.damaged)
 
 
