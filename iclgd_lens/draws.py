@@ -11,6 +11,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+MOST_SEED = 2**31 - 1
+"""The largest seed that commands and studies take."""
+
 
 def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
     """Return the items in random order."""

@@ -103,16 +103,15 @@ def measure_sweep(cells: int, on_step: Callable[[str], None] | None = None) -> S
 
     with TemporaryDirectory() as out:
         done = timed("plan")
-        grid = Grid.of(study)
-        n_open = len(Plan.of(grid, SweepFolder(Path(out))).open)
+        plan = Plan.of(Grid.of(study), SweepFolder(Path(out)))
         done()
         done = timed("run")
-        run_sweep(study, out, grid=grid, maker=Simulated)
+        run_sweep(study, out, plan=plan, maker=Simulated)
         done()
         done = timed("skip")
         skipped = run_sweep(study, out, maker=Simulated)
         done()
-        assert skipped.was_done == n_open
+        assert skipped.was_done == len(plan.open)
         done = timed("open")
         results = load_results(out)
         done()
@@ -123,7 +122,7 @@ def measure_sweep(cells: int, on_step: Callable[[str], None] | None = None) -> S
         results.frame("per_query", (pc.field("task") == "bundled/natural") & (pc.field("metric") == "sim_aou"))
         done()
         file_bytes = sum(file.stat().st_size for file in Path(out).glob("cells/*/*.parquet"))
-        return SweepCost(n_open, results.dataset.count_rows(), file_bytes, seconds)
+        return SweepCost(len(plan.open), results.dataset.count_rows(), file_bytes, seconds)
 
 
 def sweep_table(costs: list[SweepCost]) -> Sheet:

@@ -17,8 +17,6 @@ from rich.text import Text
 console = Console(width=None if Console().is_terminal or "COLUMNS" in os.environ else 160)
 errors = Console(stderr=True)
 
-MOST_SEED = 2**31 - 1
-
 Model = Annotated[str, typer.Option(help="'bundled', the folder of a Hugging Face model, or any name that TransformerLens knows.")]
 Data = Annotated[
     Path | None,
@@ -37,11 +35,6 @@ Readout = Annotated[
     Literal["vocab", "labels"],
     typer.Option(help="Read losses out over the vocabulary, or over the label words' tokens (needs --loss-on label)."),
 ]
-
-
-def shown_name(model: str) -> str:
-    """What a model is called in results: its name, or its folder's, without the path."""
-    return Path(model).name if Path(model).is_dir() else model
 
 
 def parse_k(k: str) -> int | Literal["fit"]:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from iclgd_lens.cli.common import (
-    MOST_SEED,
     Device,
     LossOn,
     Readout,
@@ -17,6 +16,7 @@ from iclgd_lens.cli.common import (
     parse_k,
     require_writable,
 )
+from iclgd_lens.draws import MOST_SEED
 from iclgd_lens.views.names import counted, listed
 
 CONTROLS = ("random",)

@@ -9,7 +9,6 @@ import typer
 from rich.text import Text
 
 from iclgd_lens.cli.common import (
-    MOST_SEED,
     Backend,
     Data,
     Device,
@@ -21,8 +20,8 @@ from iclgd_lens.cli.common import (
     errors_for_people,
     parse_k,
     require_writable,
-    shown_name,
 )
+from iclgd_lens.draws import MOST_SEED
 from iclgd_lens.views.names import counted, listed
 
 
@@ -60,7 +59,7 @@ def kernels(
             from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
             from iclgd_lens.kernels.constructed import positive_control
             from iclgd_lens.models.hooked import NoHookedTransformerError
-            from iclgd_lens.models.loading import load_model
+            from iclgd_lens.models.loading import load_model, shown_name
             from iclgd_lens.views.kernel_tables import kernel_tables, kernel_verdict
             from iclgd_lens.views.sheets import write_sheets
         drawn = load_task(task, data)

@@ -11,7 +11,6 @@ import typer
 from rich.text import Text
 
 from iclgd_lens.cli.common import (
-    MOST_SEED,
     Backend,
     Data,
     Device,
@@ -24,8 +23,8 @@ from iclgd_lens.cli.common import (
     parse_k,
     progress_bar,
     require_writable,
-    shown_name,
 )
+from iclgd_lens.draws import MOST_SEED
 
 if TYPE_CHECKING:
     from iclgd_lens.experiments.reproduce import Results
@@ -100,7 +99,7 @@ def reproduce(
             from iclgd_lens.experiments.learning_rate import GRID, UPDATE_OPTIONS
             from iclgd_lens.experiments.paper import PAPER
             from iclgd_lens.experiments.protocol import TWINS, Protocol
-            from iclgd_lens.models.loading import load_model
+            from iclgd_lens.models.loading import load_model, shown_name
         tasks = _tasks(task, model, BUNDLED_TASKS, PAPER_TASKS)
         default_lr = "paper" if set(tasks) <= set(PAPER) else "auto"
         protocol = Protocol(

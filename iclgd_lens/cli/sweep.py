@@ -11,6 +11,7 @@ from rich.progress import TextColumn
 from rich.text import Text
 
 from iclgd_lens.cli.common import console, errors_for_people, progress_bar, require_writable
+from iclgd_lens.views.names import counted
 
 if TYPE_CHECKING:
     from iclgd_lens.experiments import sweep as sweeping
@@ -66,7 +67,7 @@ def sweep(
                 progress.update(bar, completed=now.done + now.failed, description=f"{about}{more}", failed=failed)
 
             outcome = run_sweep(
-                read, out, name=study.stem, grid=grid, retry_failed=retry_failed, wait=not detach, on_progress=on_progress
+                read, out, name=study.stem, plan=plan, retry_failed=retry_failed, wait=not detach, on_progress=on_progress
             )
         if detach:
             _say(
@@ -82,24 +83,19 @@ def sweep(
 
 def _shape(grid: Grid) -> str:
     study = grid.study
-    counts = {
-        "model": len(study.models),
-        "task": len(study.tasks),
-        "seed": len(study.seeds),
-        "order": study.orders,
-        "k": len(study.k),
-        "method": len(study.methods),
-        "learning rate": len(study.lr),
-        "control": len(study.controls),
-        "twin": len(study.twins),
-        "way of making updates": len(study.updates),
-    }
-    parts = [f"{n} {name if n == 1 or name == 'k' else _plural(name)}" for name, n in counts.items()]
+    parts = [
+        counted(len(study.models), "model"),
+        counted(len(study.tasks), "task"),
+        counted(len(study.seeds), "seed"),
+        counted(study.orders, "order"),
+        f"{len(study.k)} k",
+        counted(len(study.methods), "method"),
+        counted(len(study.lr), "learning rate"),
+        counted(len(study.controls), "control"),
+        counted(len(study.twins), "twin"),
+        f"{counted(len(study.updates), 'way')} of making updates",
+    ]
     return f"{len(grid)} cells in {len(grid.groups)} groups: {', '.join(parts)}."
-
-
-def _plural(name: str) -> str:
-    return name.replace("way", "ways", 1) if name.startswith("way") else f"{name}s"
 
 
 def _show_cells(grid: Grid, plan: sweeping.Plan) -> None:
@@ -132,7 +128,7 @@ def _show_estimate(grid: Grid, plan: sweeping.Plan) -> None:
     held = f"{found.memory_bytes / 2**30:.1f} GiB {'of its GPU' if found.on_gpu else 'of memory'}"
     _say(
         f"From {found.probes} probes here: about {_duration(found.seconds)} of work, {_duration(found.seconds / workers)} for "
-        f"{workers} worker{'s' if workers > 1 else ''} of such speed; {held} each; {found.file_bytes / 2**20:.1f} MiB of results."
+        f"{counted(workers, 'worker')} of such speed; {held} each; {found.file_bytes / 2**20:.1f} MiB of results."
     )
 
 
@@ -156,11 +152,12 @@ def _show_failures(folder: SweepFolder, grid: Grid) -> None:
 
 def _show_results(out: Path, study: str) -> None:
     from iclgd_lens.experiments.sweep_results import load_results
+    from iclgd_lens.views.paper_tables import brief
     from iclgd_lens.views.sweep_report import difference_sheet, write_sweep_report
 
     with console.status("reading results"):
         results = load_results(out, study)
-        sheet = difference_sheet(results.frame("per_query"), over_tasks=True)
+        sheet = brief(difference_sheet(results.frame("per_query")))
     if len(sheet.numbers):
         console.print(sheet.rich())
     with console.status("writing the report"):

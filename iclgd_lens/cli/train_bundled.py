@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from iclgd_lens.cli.common import MOST_SEED, Device, console, errors_for_people, progress_bar, require_writable
+from iclgd_lens.cli.common import Device, console, errors_for_people, progress_bar, require_writable
+from iclgd_lens.draws import MOST_SEED
 
 
 def train_bundled(

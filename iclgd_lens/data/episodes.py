@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from iclgd_lens.data.prompts import Demonstration, Query
+from iclgd_lens.digests import digest_of
 from iclgd_lens.draws import shuffled
 
 
@@ -71,7 +70,7 @@ class Episode:
             *((q.tokens.tolist(), q.label) for q in self.queries),
             [tokens.tolist() for tokens in self.label_tokens],
         ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return digest_of(parts)
 
 
 def how_many_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query], n_ctx: int) -> int:

@@ -11,8 +11,6 @@ so the position of every label is known, and a query's tokens are the same with 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from string import Formatter
@@ -21,6 +19,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from iclgd_lens.digests import digest_of
 
 
 def _no_tokens() -> Int[Tensor, "pos"]:
@@ -85,7 +85,7 @@ class Query:
     @property
     def digest(self) -> str:
         """What a model sees of it and its gold label, in 12 hex digits."""
-        return hashlib.sha256(json.dumps([self.tokens.tolist(), self.label]).encode()).hexdigest()[:12]
+        return digest_of([self.tokens.tolist(), self.label], digits=12)
 
 
 def context_tokens(demonstrations: Sequence[Demonstration]) -> Int[Tensor, "pos"]:
@@ -105,8 +105,7 @@ def context_tokens(demonstrations: Sequence[Demonstration]) -> Int[Tensor, "pos"
 
 def demonstrations_digest(demonstrations: Sequence[Demonstration]) -> str:
     """Tell demonstrations apart, in 16 hex digits: equal for equal tokens in equal order."""
-    parts = [(each.tokens.tolist(), each.n_label_tokens, each.separator.tolist()) for each in demonstrations]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return digest_of([(each.tokens.tolist(), each.n_label_tokens, each.separator.tolist()) for each in demonstrations])
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,6 @@ name are in `data/registry.py`. The same seed gives the same episode on every ma
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +29,7 @@ import torch
 from iclgd_lens.data.episodes import Episode, how_many_fit, require_fit
 from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query
 from iclgd_lens.data.rows import Example, checked_examples, read_csv, read_jsonl
+from iclgd_lens.digests import digest_of
 from iclgd_lens.draws import shuffled
 from iclgd_lens.models.hooked import HookedModel
 
@@ -80,7 +79,7 @@ class Task:
         draws for seed 0 stands for all that it draws.
         """
         drawn = self.rows_digest or repr(self.draw(self.most, self.most, 0))
-        return hashlib.sha256(repr((self.name, self.format, self.most, drawn)).encode()).hexdigest()[:16]
+        return digest_of([self.name, repr(self.format), self.most, drawn])
 
     def for_tuning(self) -> Task:
         """The task to choose options on, such as a learning rate, whose queries `for_reporting` never has. Take other seeds, too.
@@ -277,8 +276,7 @@ class Task:
 
 
 def _rows_digest(label_words: tuple[str, ...], *rows: list[Example]) -> str:
-    parts = [label_words, *([(sorted(row.fields.items()), row.label) for row in part] for part in rows)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return digest_of([label_words, *([(sorted(row.fields.items()), row.label) for row in part] for part in rows)])
 
 
 def require_k(k: object) -> None:

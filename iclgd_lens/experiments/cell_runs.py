@@ -14,9 +14,11 @@ from iclgd_lens.experiments.compare import Finetuned, Reference
 from iclgd_lens.experiments.comparison import PARTS
 from iclgd_lens.experiments.grid import RUNS, Cell, Grid, Group
 from iclgd_lens.experiments.protocol import TWINS
+from iclgd_lens.experiments.study import ModelChoice
 from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.loading import load_model
 from iclgd_lens.models.untrained import untrained_twin
+from iclgd_lens.updates.gradient import DivergedError
 
 T = TypeVar("T")
 
@@ -34,6 +36,7 @@ class CellRuns:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._kept: dict[str, tuple[object, object]] = {}
+        self._not_loaded: dict[ModelChoice, OSError | ValueError] = {}
 
     def __call__(self, group: Group, cell: Cell) -> dict[str, pd.DataFrame]:
         """Make a cell.
@@ -46,6 +49,15 @@ class CellRuns:
             OSError: As `load_model`.
             DivergedError: If an update becomes non-finite.
         """
+        try:
+            return self._made(group, cell)
+        except DivergedError:  # which costs nothing that the next cells share
+            raise
+        except Exception:
+            self.forget()
+            raise
+
+    def _made(self, group: Group, cell: Cell) -> dict[str, pd.DataFrame]:
         reference = self._reference(group)
         rows = reference.rows(cell.updates.options())
         if cell.method == RUNS:
@@ -92,13 +104,20 @@ class CellRuns:
         choice = group.model
 
         def load() -> HookedModel:
-            return load_model(
-                choice.name,
-                backend=choice.backend,
-                device=choice.device,
-                dtype=getattr(torch, choice.dtype),
-                process_weights=choice.process_weights,
-            )
+            # A hub that is away is not asked again for every cell.
+            if choice in self._not_loaded:
+                raise self._not_loaded[choice]
+            try:
+                return load_model(
+                    choice.name,
+                    backend=choice.backend,
+                    device=choice.device,
+                    dtype=getattr(torch, choice.dtype),
+                    process_weights=choice.process_weights,
+                )
+            except (OSError, ValueError) as error:
+                self._not_loaded[choice] = error
+                raise
 
         return self._once("model", choice, load, drops=("twin", "episode", "reference", "gd", "lcgd"))
 

@@ -6,7 +6,6 @@ What is damaged, or is there under another cell's name, is found by a checksum a
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from iclgd_lens.digests import digest_of
 from iclgd_lens.files import written_whole
 
 RESULTS_FORMAT = 3
@@ -137,8 +137,7 @@ def cell(cells: Cells, key: Mapping[str, Any], about: str, make: Callable[[], Fr
 
 def cell_digest(key: Mapping[str, Any]) -> str:
     """Tell cells apart, in 20 hex digits."""
-    text = json.dumps({"format": RESULTS_FORMAT, **key}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    return digest_of({"format": RESULTS_FORMAT, **key}, digits=20)
 
 
 def _in_schema(table: pa.Table, schema: pa.Schema, part: str) -> pa.Table:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 
@@ -65,26 +66,15 @@ def estimate(grid: Grid, open_cells: Sequence[str], on_probe: Callable[[str], No
         for model in grid.study.models:
             group = max((g for g in grid.groups if g.model == model and g.called == "trained"), key=_size)
             largest[model] = _size(group)
-            began = time.perf_counter()
-            for again in (False, True):
-                # What is run first in a process is slow; where it costs little, only a second time counts.
-                if again and time.perf_counter() - began > PATIENCE:
-                    break
-                problems = [problem for problem in problems if not problem.startswith(group.about)]
+            probed = _probe(make, cells, group, on_probe)
+            # What is run first in a process is slow; where it costs little, only a second time counts.
+            if probed.seconds < PATIENCE:
+                loading += probed.loading
                 make.forget()
-                for cell in _kinds(group):
-                    if on_probe is not None:
-                        on_probe(f"{group.about}: {cell.about}")
-                    try:
-                        start = time.perf_counter()
-                        make.load(group)
-                        loaded = time.perf_counter()
-                        loading += loaded - start
-                        cells.write(cell.digest, cell.about, make(group, cell))
-                        cost[model, _kind(cell)] = (time.perf_counter() - loaded, cells.path(cell.digest).stat().st_size)
-                    except Exception as error:  # which the sweep will record, and go on
-                        problems.append(f"{group.about}: {cell.about}: {type(error).__name__}: {error}")
-                        make.forget()
+                probed = _probe(make, cells, group, on_probe)
+            loading += probed.loading
+            problems += probed.problems
+            cost |= {(model, kind): found for kind, found in probed.cost.items()}
     seconds, size = loading, 0.0
     for group in grid.groups:
         for cell in group.cells:
@@ -95,6 +85,33 @@ def estimate(grid: Grid, open_cells: Sequence[str], on_probe: Callable[[str], No
     on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     memory = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident()
     return Estimate(seconds, size, memory, on_gpu, len(cost), tuple(problems))
+
+
+class _Probed(NamedTuple):
+    cost: dict[tuple[object, ...], tuple[float, float]]
+    problems: list[str]
+    loading: float
+    seconds: float
+
+
+def _probe(make: CellRuns, cells: Cells, group: Group, on_probe: Callable[[str], None] | None) -> _Probed:
+    """Run a group's first cell of each kind: seconds and bytes of each, what failed, and how long the model took to load."""
+    began, loading = time.perf_counter(), 0.0
+    cost: dict[tuple[object, ...], tuple[float, float]] = {}
+    problems = []
+    for cell in _kinds(group):
+        if on_probe is not None:
+            on_probe(f"{group.about}: {cell.about}")
+        try:
+            start = time.perf_counter()
+            make.load(group)
+            loaded = time.perf_counter()
+            loading += loaded - start
+            cells.write(cell.digest, cell.about, make(group, cell))
+            cost[_kind(cell)] = (time.perf_counter() - loaded, cells.path(cell.digest).stat().st_size)
+        except Exception as error:  # which the sweep will record, and go on
+            problems.append(f"{group.about}: {cell.about}: {type(error).__name__}: {error}")
+    return _Probed(cost, problems, loading, time.perf_counter() - began)
 
 
 def _size(group: Group) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -133,6 +133,11 @@ class Grid:
     def subjects(self) -> tuple[str, ...]:
         """What each model and its twins are called."""
         return ("trained", *self.study.twins)
+
+    def with_cells(self, digests: Collection[str]) -> list[Group]:
+        """The groups that have any of these cells."""
+        wanted = frozenset(digests)
+        return [group for group in self.groups if any(cell.digest in wanted for cell in group.cells)]
 
     def __len__(self) -> int:
         return sum(len(group.cells) for group in self.groups)

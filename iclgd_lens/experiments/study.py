@@ -22,15 +22,14 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from iclgd_lens.data.registry import require_tasks
+from iclgd_lens.draws import MOST_SEED
 from iclgd_lens.experiments.compare import Control, Method, require_known
 from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.experiments.protocol import TWINS
-from iclgd_lens.models.loading import Backend, parse_device, require_model
+from iclgd_lens.models.loading import Backend, parse_device, require_model, shown_name
 from iclgd_lens.updates.dual import LossOn, Readout, Schedule, UpdateSettings
 from iclgd_lens.updates.inject import Parameter
-
-MOST_SEED = 2**31 - 1
 
 
 def _listed(value: Any) -> Any:
@@ -73,7 +72,7 @@ class ModelChoice(_Strict):
     @property
     def shown(self) -> str:
         """What it is called in results: its name, or its folder's, without the path."""
-        return Path(self.name).name if Path(self.name).is_dir() else self.name
+        return shown_name(self.name)
 
 
 class Updates(_Strict):

@@ -52,12 +52,14 @@ class Plan:
     """What is there of a study in a folder, and what is not.
 
     Attributes:
+        grid: The study's grid.
         done: The digests of cells that are there.
         failed: Of those that failed when they were run last.
         damaged: Why files cannot be read that are there in the place of cells, by digest; these cells are open.
         open: Of cells that are to be made.
     """
 
+    grid: Grid
     done: tuple[str, ...]
     failed: tuple[str, ...]
     damaged: dict[str, str]
@@ -66,8 +68,8 @@ class Plan:
     @classmethod
     def of(cls, grid: Grid, folder: SweepFolder) -> Plan:
         """Look at every cell's file."""
-        found = cls((), (), {}, ())
-        done, failed, damaged, missing = [], [], found.damaged, []
+        done, failed, missing = [], [], []
+        damaged: dict[str, str] = {}
         for group in grid.groups:
             for cell in group.cells:
                 try:
@@ -80,7 +82,7 @@ class Plan:
                     failed.append(cell.digest)
                 else:
                     missing.append(cell.digest)
-        return cls(tuple(done), tuple(failed), damaged, tuple(missing))
+        return cls(grid, tuple(done), tuple(failed), damaged, tuple(missing))
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def run_sweep(
     out: str | Path,
     *,
     name: str = "study",
-    grid: Grid | None = None,
+    plan: Plan | None = None,
     retry_failed: bool = False,
     wait: bool = True,
     maker: Maker = CellRuns,
@@ -139,7 +141,7 @@ def run_sweep(
         study: What to run.
         out: The folder; several studies may share one, also at the same time.
         name: What the study is called in the folder.
-        grid: `Grid.of(study)`, if that has been made already.
+        plan: What is there of it in the folder, if that has been looked at already.
         retry_failed: Run cells again that failed.
         wait: Wait until all is done; otherwise return when the jobs have been handed in.
         maker: What makes cells.
@@ -150,32 +152,34 @@ def run_sweep(
         OSError: As `Grid.of`, or if the folder cannot be written.
         RuntimeError: If workers end without having run anything, with what the first of them said.
     """
-    grid, folder = grid or Grid.of(study), SweepFolder(Path(out).absolute())
+    folder = SweepFolder(Path(out).absolute())
+    plan = plan or Plan.of(Grid.of(study), folder)
+    grid = plan.grid
     tell = on_progress or (lambda progress: None)
     folder.write_study(name, study.model_dump(mode="json"), [cell.digest for group in grid.groups for cell in group.cells])
-    first = plan = Plan.of(grid, folder)
-    for digest, reason in plan.damaged.items():
+    for reason in plan.damaged.values():
         log.warning("%s; it is made anew", reason)
+    retried = plan.failed if retry_failed else ()
+    for digest in (*plan.damaged, *retried):
         folder.forget_failure(digest)
-    if retry_failed:
-        for digest in plan.failed:
-            folder.forget_failure(digest)
-        plan = Plan(plan.done, (), plan.damaged, (*plan.open, *plan.failed))
-    to_do, in_vain = len(plan.open), 0
-    while plan.open:
-        jobs = _launch(grid, folder, plan.open, maker, tell)
+    to_do = left = (*plan.open, *retried)
+    in_vain = 0
+    while left:
+        jobs = _launch(grid, folder, left, maker, tell)
         if not wait:
             break
-        _wait(jobs, folder, plan.open, to_do, tell)
-        before, plan = len(plan.open), _still_open(plan, folder)
-        if len(plan.open) < before:
+        _wait(jobs, folder, left, len(to_do), tell)
+        before, wanted = len(left), frozenset(left)
+        left = tuple(digest for digest in left if _is_open(digest, wanted, folder))
+        if len(left) < before:
             in_vain = 0
-        elif any(folder.is_claimed(group.digest) for group in _groups_of(grid, plan.open)):
+        elif any(folder.is_claimed(group.digest) for group in grid.with_cells(left)):
             time.sleep(SOON)  # another sweep is at them
         elif (in_vain := in_vain + 1) >= PATIENCE:
             raise RuntimeError(_what_they_said(jobs, folder))
-    end = Plan.of(grid, folder) if wait and plan is not first else plan
-    return Outcome(len(first.done), len(end.done) - len(first.done), len(end.failed), len(end.open), first.damaged)
+    failed = 0 if left else sum(map(folder.has_failed, to_do))
+    done = len(to_do) - len(left) - failed
+    return Outcome(len(plan.done), done, failed + len(plan.failed) - len(retried), len(left), plan.damaged)
 
 
 @dataclass
@@ -246,7 +250,7 @@ def work(
             that who is done early helps the others.
         on_cell: Called after every cell with whether it failed.
     """
-    groups = [group for group in grid.groups if any(cell.digest in wanted for cell in group.cells)]
+    groups = grid.with_cells(wanted)
     start = len(groups) * share[0] // share[1]
     n_ran = 0
     for group in [*groups[start:], *groups[:start]]:
@@ -304,8 +308,6 @@ def _run(group: Group, cell: Cell, about: str, folder: SweepFolder, make: Make) 
     except Exception as error:  # whatever it is, the other cells can be run
         log.log(logging.INFO if isinstance(error, DivergedError) else logging.WARNING, "%s failed: %s", about, error)
         folder.record_failure(cell.digest, about, error)
-        if isinstance(make, CellRuns):
-            make.forget()
         return
     folder.cells.write(cell.digest, about, frames)
 
@@ -319,7 +321,7 @@ def _launch(
     logs = folder.jobs / f"{now}-{os.getpid()}"
     wanted = logs / "open.txt"
     write_text(wanted, "\n".join(open_cells))
-    n_groups = len(_groups_of(grid, open_cells))
+    n_groups = len(grid.with_cells(open_cells))
     n = min(study.executor.workers, n_groups)
     workers = [Worker(study, grid.weights, folder.path, wanted, index, n, maker) for index in range(n)]
     if isinstance(study.executor, Debug):
@@ -411,17 +413,6 @@ def _end(jobs: Sequence[submitit.Job[int]]) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and not all(job.done() for job in jobs if isinstance(job, submitit.LocalJob)):
         time.sleep(0.1)
-
-
-def _still_open(plan: Plan, folder: SweepFolder) -> Plan:
-    """What is open of a plan after its jobs."""
-    wanted = frozenset(plan.open)
-    return Plan(plan.done, plan.failed, plan.damaged, tuple(each for each in plan.open if _is_open(each, wanted, folder)))
-
-
-def _groups_of(grid: Grid, digests: Sequence[str]) -> list[Group]:
-    wanted = frozenset(digests)
-    return [group for group in grid.groups if any(cell.digest in wanted for cell in group.cells)]
 
 
 def _what_they_said(jobs: Sequence[submitit.Job[int]], folder: SweepFolder) -> str:

@@ -143,6 +143,11 @@ def hub_name(name: str) -> str:
     return _aliases().get(name.lower(), name)
 
 
+def shown_name(name: str) -> str:
+    """What a model is called in results: its name, or its folder's, without the path."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def require_model(name: str) -> None:
     """Check that a name may be a model's, without fetching it.
 

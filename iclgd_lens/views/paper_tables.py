@@ -48,8 +48,10 @@ def paper_tables(results: Results, model_name: str) -> list[Sheet]:
 
 
 def brief(sheet: Sheet) -> Sheet:
-    """The rows over all tasks alone, of claims of a run of several; every other table as it is."""
+    """The rows over all tasks alone, of claims and differences of several tasks; every other table as it is."""
     numbers = sheet.numbers
+    if sheet.name == "differences" and OVER_TASKS in set(numbers["task"]):
+        return replace(sheet, numbers=numbers[numbers["task"] == OVER_TASKS])
     if sheet.name == "claims" and OVER_TASKS in set(numbers["task"]):
         return replace(sheet, numbers=numbers[numbers["task"] == OVER_TASKS], note=f"{sheet.note} Task by task in the files.")
     return sheet

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from plotly import graph_objects as go
 
 from iclgd_lens.experiments.folder import REPORT
-from iclgd_lens.experiments.results import OPTIONS, OVER_TASKS, contrasts, summarise
+from iclgd_lens.experiments.results import OPTIONS, contrasts, summarise
 from iclgd_lens.experiments.sweep_folder import Failure, SweepFolder
 from iclgd_lens.experiments.sweep_results import SweepResults, load_results
 from iclgd_lens.files import write_text
@@ -27,7 +27,6 @@ WAY = ("model_name", "dtype", "k", "n_queries", *OPTIONS)
 
 WAY_NAMES = {
     "model_name": "model",
-    "k": "k",
     "n_queries": "queries",
     "loss_on": "loss on",
 }
@@ -95,18 +94,15 @@ def _summary(frame: pd.DataFrame, results: SweepResults, planned: int, failed: i
     ]
 
 
-def difference_sheet(per_query: pd.DataFrame, over_tasks: bool = False) -> Sheet:
+def difference_sheet(per_query: pd.DataFrame) -> Sheet:
     """LCGD − GD and trained − twin, with intervals, p-values, effect sizes and how many episodes each rests on.
 
     Args:
         per_query: Rows of `Comparison.per_query`, as of `SweepResults.frame("per_query")`.
-        over_tasks: Only what is over all tasks, where there is such.
     """
     found = contrasts(per_query)
     tests = int(found["p"].notna().sum())
     ways = [column for column in WAY if column in found and (column == "model_name" or found[column].nunique() > 1)]
-    if over_tasks and OVER_TASKS in set(found["task"]):
-        found = found[found["task"] == OVER_TASKS]
     of_twins = found["twin"].notna()
     shown = found.assign(
         metric=found["metric"].map(METRIC_NAMES),
@@ -114,7 +110,7 @@ def difference_sheet(per_query: pd.DataFrame, over_tasks: bool = False) -> Sheet
         method=found["method"].map(METHOD_NAMES).where(of_twins, "–"),
     )
     columns = (
-        *(Column(WAY_NAMES.get(way, way), way, style="g" if way == "lr" else "") for way in ways),
+        *_way_columns(ways),
         *(Column(name, name) for name in ("contrast", "method", "metric", "task")),
         Column("difference", "mean", low="low", high="high"),
         Column("p", "p", style=P_VALUE),
@@ -142,7 +138,7 @@ def mean_sheet(frame: pd.DataFrame) -> Sheet:
     )
     ways = [way for way in by if way in WAY]
     columns = (
-        *(Column(WAY_NAMES.get(way, way), way, style="g" if way == "lr" else "") for way in ways),
+        *_way_columns(ways),
         *(Column(name, name) for name in ("task", "metric", "method")),
         Column("weights", "model"),
         Column("control", "control"),
@@ -150,6 +146,10 @@ def mean_sheet(frame: pd.DataFrame) -> Sheet:
         Column("draws", "episodes"),
     )
     return Sheet("means", "Means of every cell of the grid", summary, columns, "Mean ± sd over draws; layers averaged within each.")
+
+
+def _way_columns(ways: Iterable[str]) -> Iterator[Column]:
+    return (Column(WAY_NAMES.get(way, way), way, style="g" if way == "lr" else "") for way in ways)
 
 
 def failure_sheet(failures: list[Failure]) -> Sheet:
@@ -165,12 +165,12 @@ def sweep_figures(frame: pd.DataFrame) -> Mapping[str, go.Figure]:
     drawn: dict[str, go.Figure] = {}
     if frame.empty:
         return drawn
+    ways = [way for way in WAY if way not in ("lr", "n_queries")]
     updated = frame[frame["method"].isin(list(METHOD_NAMES))]
-    for number, (way, group) in enumerate(updated.groupby([way for way in WAY if way not in ("lr", "k", "n_queries")], sort=False)):
-        model = str(way[0])
-        for k, of_k in group.groupby("k", sort=False):
-            several = (of_k.groupby("task")["lr"].nunique() > 1).any()
-            figure = rate_figure(of_k) if several else layer_figure(of_k)
-            figure.update_layout(title_text=f"{escape(model)}, k = {k}: {figure.layout.title.text}")
-            drawn[f"{number}-{k}"] = figure
+    for number, (_, group) in enumerate(updated.groupby(ways, sort=False)):
+        model, k = group[["model_name", "k"]].iloc[0]
+        several = (group.groupby("task")["lr"].nunique() > 1).any()
+        figure = rate_figure(group) if several else layer_figure(group)
+        figure.update_layout(title_text=f"{escape(str(model))}, k = {k}: {figure.layout.title.text}")
+        drawn[str(number)] = figure
     return drawn

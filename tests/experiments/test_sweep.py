@@ -202,9 +202,10 @@ def test_running_out_of_memory_fails_a_cell_and_lets_go_of_what_was_kept(tmp_pat
 def test_a_model_that_does_not_load_fails_its_cells_alone(tmp_path, monkeypatch):
     from iclgd_lens.experiments import cell_runs
 
-    load = cell_runs.load_model
+    load, asked = cell_runs.load_model, []
 
     def unless_double(name, **options):
+        asked.append(str(options["dtype"]))
         if str(options["dtype"]) == "torch.float64":
             raise OSError("the hub is away")
         return load(name, **options)
@@ -213,6 +214,7 @@ def test_a_model_that_does_not_load_fails_its_cells_alone(tmp_path, monkeypatch)
     models = [{"name": "bundled", "dtype": "float64"}, {"name": "bundled"}]
     outcome = run_sweep(study(models=models, tasks="bundled/remapped", seeds=[0], k=[4], queries=2, lr=[0.01]), tmp_path)
     assert (outcome.done, outcome.failed) == (10, 10)
+    assert asked == ["torch.float64", "torch.float32"]  # once, and not for every cell
     assert "OSError: the hub is away" in {failure.reason for failure in SweepFolder(tmp_path).failures()}
 
 
@@ -233,28 +235,26 @@ def test_damaged_files_are_reported_left_out_and_made_anew(tmp_path, caplog, dam
     require_whole(tmp_path, study())
 
 
-@pytest.mark.slow
-def test_a_worker_that_is_killed_loses_only_the_cell_that_it_was_at(tmp_path):
+def require_one_cell_lost(tmp_path: Path, number: signal.Signals) -> None:
+    """A sweep whose worker gets a signal in the middle of a cell ends whole, and begins one cell at most twice."""
     started, out, chosen = tmp_path / "started", tmp_path / "out", study(executor=local())
     sweep = InBackground(chosen, out, maker=partial(Trivial, started=started, pause=0.02))
-    os.kill(until(lambda: running_process(out)), signal.SIGKILL)
+    os.kill(until(lambda: running_process(out)), number)
     sweep.join()
     assert sweep.outcome.failed == 0
     require_whole(out, chosen)
-    # One cell at most was begun twice.
     assert sorted(begun(started).values())[-2:] in ([1, 1], [1, 2])
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_loses_only_the_cell_that_it_was_at(tmp_path):
+    require_one_cell_lost(tmp_path, signal.SIGKILL)
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_told_to_stop_is_queued_again_and_goes_on(tmp_path):
-    started, out, chosen = tmp_path / "started", tmp_path / "out", study(executor=local())
-    sweep = InBackground(chosen, out, maker=partial(Trivial, started=started, pause=0.02))
-    os.kill(until(lambda: running_process(out)), signal.SIGUSR2)
-    sweep.join()
-    assert sweep.outcome.failed == 0
-    require_whole(out, chosen)
-    assert sorted(begun(started).values())[-2:] in ([1, 1], [1, 2])
-    assert any("Requeued" in log.read_text() for log in out.glob("jobs/*/*log*"))
+    require_one_cell_lost(tmp_path, signal.SIGUSR2)
+    assert any("Requeued" in log.read_text() for log in (tmp_path / "out").glob("jobs/*/*log*"))
 
 
 @pytest.mark.slow
