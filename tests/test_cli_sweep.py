@@ -5,6 +5,8 @@ from typer.testing import CliRunner
 
 from iclgd_lens.cli import app
 
+pytestmark = pytest.mark.slow
+
 STUDY = """
 models: bundled
 tasks: [bundled/remapped, bundled/natural]

@@ -236,6 +236,7 @@ def test_options_out_of_range_are_refused(about, message, rng):
 # What is promised: coverage and size.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_tasks", "about"),
     [
@@ -252,6 +253,7 @@ def test_95_percent_intervals_cover_the_effect_in_95_percent_of_simulations(n_ta
     assert 0.93 <= np.mean([low <= EFFECT <= high for low, high in intervals]) <= 0.97
 
 
+@pytest.mark.slow
 def test_where_nothing_differs_one_permutation_test_in_twenty_rejects(rng):
     p = [permutation_p([rng.normal(size=10)]) for _ in range(1000)]
     assert 0.03 <= np.mean(np.array(p) <= 0.05) <= 0.07
