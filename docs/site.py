@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -9,6 +10,12 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Have figures in notebooks drawn by a script in the page: what plotly puts there otherwise is for Jupyter alone."""
+    os.environ["PLOTLY_RENDERER"] = "notebook"
+    return config
 
 
 @event_priority(100)  # before they are turned into pages

@@ -44,7 +44,8 @@ def commands() -> list[tuple[str, str]]:
 
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -55,7 +56,7 @@ def test_code_runs_as_it_stands(page: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {"__name__": page.stem}
     for number, code in enumerate(blocks(page, "python")):
-        exec(compile(code, f"{name(page)}, block {number}", "exec"), scope)  # noqa: S102
+        exec(compile(code, f"{name(page)}, block {number}", "exec"), scope)
 
 
 def test_kinds_of_blocks_are_known():
@@ -115,5 +116,6 @@ def test_figures_show_what_their_captions_say():
     scaled, plain = drawing.unrelated_changes(lengths)
     torch.testing.assert_close(scaled, (1 - 1 / lengths) / 2, rtol=0, atol=0.01)
     torch.testing.assert_close(plain, torch.zeros(3), rtol=0, atol=0.01)
-    assert drawing.causality().data and drawing.free_similarity().data
+    assert drawing.causality().data
+    assert drawing.free_similarity().data
     assert {f"{figure}.svg" for figure in drawing.FIGURES} <= {path.name for path in (DOCS / "figures").iterdir()}

@@ -48,7 +48,8 @@ def causality() -> go.Figure:
         figure.update_yaxes(type="category", row=1, col=column)
     figure.update_yaxes(title="layer whose update changes", row=1, col=1)
     colour = {"colorscale": "Viridis", "cmin": low, "cmax": high}
-    bar = {"title": {"text": "relative change", "side": "right"}, "tickvals": [-3, -2, -1, 0], "ticktext": ["0.001", "0.01", "0.1", "1"]}
+    ticks = {"tickvals": [-3, -2, -1, 0], "ticktext": ["0.001", "0.01", "0.1", "1"]}
+    bar = {"title": {"text": "relative change", "side": "right"}, **ticks}
     figure.update_layout(coloraxis={**colour, "colorbar": bar}, width=820, height=400, template="plotly_white")
     return figure
 
@@ -82,7 +83,7 @@ def layer_dependence(scale: float = 0.1) -> dict[str, Float[Tensor, "layer block
 
 
 def free_similarity() -> go.Figure:
-    """SimAOU and SimAOU_norm of two changes that share nothing, against how long the changed states are: simulated, and as formula."""
+    """SimAOU and SimAOU_norm of two changes that share nothing, by the length of the changed states: simulated, and as formula."""
     lengths = torch.linspace(1.05, 5, 40)
     figure = go.Figure()
     figure.add_scatter(x=lengths.tolist(), y=((1 - 1 / lengths) / 2).tolist(), name="(1 − ‖z‖/‖h‖)/2", line={"color": "#000000"})
