@@ -23,8 +23,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from iclgd_lens.data.registry import require_tasks
 from iclgd_lens.draws import MOST_SEED
-from iclgd_lens.experiments.compare import Control, Method, require_known
 from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
+from iclgd_lens.experiments.methods import Control, Method, require_known
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.experiments.protocol import TWINS
 from iclgd_lens.models.loading import Backend, parse_device, require_model, shown_name
