@@ -6,10 +6,11 @@ from .data.tasks import Task
 from .experiments.claims import claims
 from .experiments.compare import compare
 from .experiments.comparison import Comparison
+from .experiments.contrasts import contrasts
 from .experiments.learning_rate import similarity_by_rate
 from .experiments.protocol import Protocol
 from .experiments.reproduce import reproduce
-from .experiments.results import contrasts, paired_difference, summarise
+from .experiments.results import paired_difference, summarise
 from .experiments.study import Study
 from .experiments.sweep import run_sweep
 from .experiments.sweep_results import load_results

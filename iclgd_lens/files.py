@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -29,6 +31,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_frame(frame: pd.DataFrame, path: str | Path) -> Path:
+    """Write a frame to a parquet file, whole or not at all, and return its path."""
+    with written_whole(Path(path)) as partial:
+        frame.to_parquet(partial, index=False)
+    return Path(path)
 
 
 def remove_named(folder: Path, names: Iterable[str]) -> None:

@@ -48,7 +48,7 @@ def bench(
             from iclgd_lens.benchmarks.jobs import JOBS, Setting
             from iclgd_lens.benchmarks.models import NEEDS_GPU, Sizes
             from iclgd_lens.benchmarks.run import benchmark_table, run_benchmarks
-            from iclgd_lens.experiments.results import write_frame
+            from iclgd_lens.files import write_frame
             from iclgd_lens.models.loading import parse_device
         if threads is not None:
             torch.set_num_threads(threads)
@@ -79,7 +79,7 @@ def bench(
 
 def _growth(repeats: int, device: str | None, out: Path) -> None:
     from iclgd_lens.benchmarks.growth import capture_growth, capture_table, graph_growth, graph_table, growth_table, measure_growth
-    from iclgd_lens.experiments.results import write_frame
+    from iclgd_lens.files import write_frame
 
     with console.status("measuring") as status:
         frame = measure_growth(repeats=repeats, device=device, on_axis=lambda name: status.update(Text(f"varying {name}")))
@@ -94,7 +94,7 @@ def _growth(repeats: int, device: str | None, out: Path) -> None:
 
 def _dtypes(device: str | None, out: Path) -> None:
     from iclgd_lens.benchmarks.precision import dtype_agreement, precision_table
-    from iclgd_lens.experiments.results import write_frame
+    from iclgd_lens.files import write_frame
 
     with console.status("measuring") as status:
         frame = dtype_agreement(device=device, on_dtype=lambda name: status.update(Text(f"measuring {name}")))
@@ -105,7 +105,7 @@ def _dtypes(device: str | None, out: Path) -> None:
 
 def _sweeps(sizes: list[int], out: Path) -> None:
     from iclgd_lens.benchmarks.sweeps import measure_sweep, sweep_table
-    from iclgd_lens.experiments.results import write_frame
+    from iclgd_lens.files import write_frame
 
     with console.status("measuring") as status:
 

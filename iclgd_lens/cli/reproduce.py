@@ -184,7 +184,7 @@ def _tasks(given: Sequence[str] | None, model: str, bundled: tuple[str, ...], pa
 
 
 def _controls(given: Sequence[str] | None, several: bool) -> tuple[Any, ...]:
-    from iclgd_lens.experiments.compare import CONTROLS
+    from iclgd_lens.experiments.methods import CONTROLS
 
     alone = {"all": tuple(control for control in CONTROLS if several or control != "other_task"), "none": ()}
     if not given:

@@ -73,8 +73,8 @@ def close_run(
         rates: The learning rate of every method, for the example's updates.
         options: How those are made, as in `gd`.
     """
-    from iclgd_lens.experiments.compare import METHODS
     from iclgd_lens.experiments.folder import EXAMPLE, RunFolder, write_setting
+    from iclgd_lens.experiments.methods import METHODS
     from iclgd_lens.updates.gradient import DivergedError
     from iclgd_lens.views.attention import attention_example, queries_within
     from iclgd_lens.views.report import write_report

@@ -114,7 +114,7 @@ def _show_estimate(grid: Grid, plan: sweeping.Plan) -> None:
     import torch
 
     from iclgd_lens.experiments.estimate import estimate
-    from iclgd_lens.experiments.sweep import threads_of
+    from iclgd_lens.experiments.sweep_worker import threads_of
 
     if threads := threads_of(grid.study):
         torch.set_num_threads(threads)  # as its workers do

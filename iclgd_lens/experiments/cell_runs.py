@@ -10,10 +10,10 @@ import pandas as pd
 import torch
 
 from iclgd_lens.data.episodes import Episode
-from iclgd_lens.experiments.compare import Finetuned, Reference
 from iclgd_lens.experiments.comparison import PARTS
 from iclgd_lens.experiments.grid import RUNS, Cell, Grid, Group
 from iclgd_lens.experiments.protocol import TWINS
+from iclgd_lens.experiments.reference import Finetuned, Reference
 from iclgd_lens.experiments.study import ModelChoice
 from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.loading import load_model

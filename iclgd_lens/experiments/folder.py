@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 
 from iclgd_lens.experiments.comparison import COLUMNS, PARTS
-from iclgd_lens.experiments.results import EPISODE, write_frame
-from iclgd_lens.files import write_text
+from iclgd_lens.experiments.results import EPISODE
+from iclgd_lens.files import write_frame, write_text
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
 

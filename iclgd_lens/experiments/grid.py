@@ -18,7 +18,7 @@ from typing import Literal
 from iclgd_lens.data.registry import load_task
 from iclgd_lens.data.tasks import Task
 from iclgd_lens.experiments.cells import cell_digest
-from iclgd_lens.experiments.compare import Control
+from iclgd_lens.experiments.methods import Control
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.experiments.protocol import TWINS
 from iclgd_lens.experiments.study import ModelChoice, Study, Updates

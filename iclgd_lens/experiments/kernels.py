@@ -9,18 +9,8 @@ from functools import partial
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Query
 from iclgd_lens.experiments.kernel_attention import attention_views
-from iclgd_lens.experiments.kernel_regression import (
-    STEPS,
-    Labels,
-    MetricRows,
-    alignment_rows,
-    epoch_rows,
-    head_rows,
-    hidden_rows,
-    majority_rows,
-    tangent_rows,
-    trajectory_rows,
-)
+from iclgd_lens.experiments.kernel_descent import STEPS, alignment_rows, epoch_rows, tangent_rows, trajectory_rows
+from iclgd_lens.experiments.kernel_regression import Labels, MetricRows, head_rows, hidden_rows, majority_rows
 from iclgd_lens.experiments.measure import Row
 from iclgd_lens.kernels.labels import one_hot_labels
 from iclgd_lens.kernels.tangent import first_label_tokens, tangent_kernel

@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 
 from iclgd_lens.data.episodes import Episode
-from iclgd_lens.experiments.compare import METHODS, Method, Reference
+from iclgd_lens.experiments.methods import METHODS, Method
+from iclgd_lens.experiments.reference import Reference
 from iclgd_lens.metrics.agreement import accuracy, label_loss
 from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.runs.capture import capture

@@ -135,3 +135,8 @@ def per_head_rows(metric: str, values: Float[Tensor, "query layer head"]) -> Ite
     for layer, (of_layer, counts) in enumerate(zip(means.tolist(), n.tolist(), strict=True)):
         for head, (mean, count) in enumerate(zip(of_layer, counts, strict=True)):
             yield {"layer": layer, "head": head, "metric": metric, "value": mean, "n": count, "undefined": len(values) - count}
+
+
+def over_queries(row: Row, n_queries: int) -> Row:
+    """A row of one value over so many queries, all of them defined or none."""
+    return row | {"n": n_queries * row["n"], "undefined": n_queries * row["undefined"]}

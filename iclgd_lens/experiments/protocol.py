@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from iclgd_lens.data.registry import BUNDLED_TASKS, require_tasks
 from iclgd_lens.data.tasks import require_k
-from iclgd_lens.experiments.compare import CONTROLS, Control, Method, require_known, require_methods
 from iclgd_lens.experiments.learning_rate import GRID, UPDATE_OPTIONS, held_out_seeds
+from iclgd_lens.experiments.methods import CONTROLS, Control, Method, require_known, require_methods
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.models.untrained import Part
 from iclgd_lens.updates.dual import UpdateSettings

@@ -21,11 +21,12 @@ import pandas as pd
 
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.cells import Cells, Frames, cell
-from iclgd_lens.experiments.compare import Control, Method, compare, n_runs
+from iclgd_lens.experiments.compare import compare, n_runs
 from iclgd_lens.experiments.comparison import Comparison
 from iclgd_lens.experiments.drawing import Draw, draw_for_tuning, draw_to_report, load_tasks
 from iclgd_lens.experiments.folder import FRAMES, write_frames
 from iclgd_lens.experiments.learning_rate import choose, search, similarity_by_rate
+from iclgd_lens.experiments.methods import Control, Method
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.experiments.protocol import TWINS, Protocol
 from iclgd_lens.models.fingerprint import fingerprint

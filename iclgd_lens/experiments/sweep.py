@@ -12,33 +12,22 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import submitit
-import torch
-from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from iclgd_lens.experiments.cell_runs import CellRuns
 from iclgd_lens.experiments.cells import DamagedCellError
-from iclgd_lens.experiments.grid import Cell, Grid, Group
-from iclgd_lens.experiments.study import Debug, Local, Slurm, Study
-from iclgd_lens.experiments.sweep_folder import MOST_DEATHS, SweepFolder
-from iclgd_lens.files import write_text
-from iclgd_lens.updates.gradient import DivergedError
+from iclgd_lens.experiments.grid import Grid
+from iclgd_lens.experiments.study import Study
+from iclgd_lens.experiments.sweep_folder import SweepFolder
+from iclgd_lens.experiments.sweep_jobs import end_jobs, launch, what_jobs_said
+from iclgd_lens.experiments.sweep_worker import Maker, OnCell, is_open
 
 log = logging.getLogger(__name__)
-
-Make = Callable[[Group, Cell], dict[str, pd.DataFrame]]
-Maker = Callable[[Grid], Make]
-"""What makes cells, begun anew in every worker."""
-
-OnCell = Callable[[bool], None]
 
 PATIENCE = 2
 """After how many launches in a row that brought nothing a sweep gives up."""
@@ -165,208 +154,21 @@ def run_sweep(
     to_do = left = (*plan.open, *retried)
     in_vain = 0
     while left:
-        jobs = _launch(grid, folder, left, maker, tell)
+        jobs = launch(grid, folder, left, maker, _counting(folder, left, tell))
         if not wait:
             break
         _wait(jobs, folder, left, len(to_do), tell)
         before, wanted = len(left), frozenset(left)
-        left = tuple(digest for digest in left if _is_open(digest, wanted, folder))
+        left = tuple(digest for digest in left if is_open(digest, wanted, folder))
         if len(left) < before:
             in_vain = 0
         elif any(folder.is_claimed(group.digest) for group in grid.with_cells(left)):
             time.sleep(SOON)  # another sweep is at them
         elif (in_vain := in_vain + 1) >= PATIENCE:
-            raise RuntimeError(_what_they_said(jobs, folder))
+            raise RuntimeError(what_jobs_said(jobs, folder))
     failed = 0 if left else sum(map(folder.has_failed, to_do))
     done = len(to_do) - len(left) - failed
     return Outcome(len(plan.done), done, failed + len(plan.failed) - len(retried), len(left), plan.damaged)
-
-
-@dataclass
-class Worker:
-    """What a job runs: the open cells of a study, from its own share on, as long as nobody else is at them.
-
-    Attributes:
-        study: The study.
-        weights: What told its models' weights apart when it was planned.
-        folder: The folder of the sweep.
-        open_cells: A file with the digests of what is to be run.
-        index: The number of this worker, from 0.
-        of: How many there are.
-        maker: What makes cells.
-        on_cell: Called after every cell with whether it failed.
-    """
-
-    study: Study
-    weights: tuple[str, ...]
-    folder: Path
-    open_cells: Path
-    index: int
-    of: int
-    maker: Maker = CellRuns
-    on_cell: OnCell | None = field(default=None, compare=False)
-
-    def __call__(self) -> int:
-        """Run, and return how many cells were made or failed.
-
-        Raises:
-            RuntimeError: If a model's weights are not those that the study was planned with.
-        """
-        if threads := threads_of(self.study):
-            torch.set_num_threads(threads)
-        grid = Grid.of(self.study)
-        if grid.weights != self.weights:
-            raise RuntimeError("the weights of a model have changed since the sweep began; run it again")
-        return work(
-            grid,
-            SweepFolder(self.folder),
-            frozenset(self.open_cells.read_text(encoding="utf-8").split()),
-            self.maker(grid),
-            share=(self.index, self.of),
-            on_cell=self.on_cell,
-        )
-
-    def checkpoint(self) -> DelayedSubmission:
-        """What to do when it is queued again: the same, for what is done is not open any more."""
-        return DelayedSubmission(self)
-
-
-def work(
-    grid: Grid,
-    folder: SweepFolder,
-    wanted: frozenset[str],
-    make: Make,
-    share: tuple[int, int] = (0, 1),
-    on_cell: OnCell | None = None,
-) -> int:
-    """Run those of a grid's cells that are wanted, open, and of groups that nobody is at; return how many were made or failed.
-
-    Args:
-        grid: The grid.
-        folder: Where cells are kept.
-        wanted: Digests.
-        make: Makes a cell.
-        share: The number of this worker and how many there are; each begins at its own place in the grid and goes all around, so
-            that who is done early helps the others.
-        on_cell: Called after every cell with whether it failed.
-    """
-    groups = grid.with_cells(wanted)
-    start = len(groups) * share[0] // share[1]
-    n_ran = 0
-    for group in [*groups[start:], *groups[:start]]:
-        if not any(_is_open(cell.digest, wanted, folder) for cell in group.cells):
-            continue
-        with folder.claimed(group.digest) as claim:
-            if claim is None:
-                continue
-            try:
-                for cell in group.cells:
-                    if not _is_open(cell.digest, wanted, folder):
-                        continue
-                    about = f"{group.about}: {cell.about}"
-                    deaths = claim.begin(cell.digest, about)
-                    if deaths >= MOST_DEATHS:
-                        reason = f"its process was killed {deaths} times, as happens where memory does not suffice"
-                        folder.record_failure(cell.digest, about, reason)
-                    else:
-                        _run(group, cell, about, folder, make)
-                    n_ran += 1
-                    if on_cell is not None:
-                        on_cell(folder.has_failed(cell.digest))
-            finally:
-                claim.end()
-    return n_ran
-
-
-def threads_of(study: Study) -> int | None:
-    """The torch threads of each worker; None for torch's own choice."""
-    executor = study.executor
-    if isinstance(executor, Slurm):
-        return executor.cpus
-    if executor.threads:
-        return executor.threads
-    if all(model.name == "bundled" for model in study.models):
-        return 1  # so small that threads cost more than they bring
-    return max(1, (os.cpu_count() or 1) // executor.workers) if isinstance(executor, Local) else None
-
-
-def _is_open(digest: str, wanted: frozenset[str], folder: SweepFolder) -> bool:
-    if digest not in wanted or folder.has_failed(digest):
-        return False
-    try:
-        return not folder.cells.check(digest)
-    except DamagedCellError:
-        return True
-
-
-def _run(group: Group, cell: Cell, about: str, folder: SweepFolder, make: Make) -> None:
-    """Make a cell and keep it, or say why it failed."""
-    try:
-        frames = make(group, cell)
-    except UncompletedJobError:  # raised in here by a signal: the job's time is up
-        raise
-    except Exception as error:  # whatever it is, the other cells can be run
-        log.log(logging.INFO if isinstance(error, DivergedError) else logging.WARNING, "%s failed: %s", about, error)
-        folder.record_failure(cell.digest, about, error)
-        return
-    folder.cells.write(cell.digest, about, frames)
-
-
-def _launch(
-    grid: Grid, folder: SweepFolder, open_cells: Sequence[str], maker: Maker, tell: Callable[[Progress], None]
-) -> list[submitit.Job[int]]:
-    """Hand in one job for each worker."""
-    study = grid.study
-    now = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
-    logs = folder.jobs / f"{now}-{os.getpid()}"
-    wanted = logs / "open.txt"
-    write_text(wanted, "\n".join(open_cells))
-    n_groups = len(grid.with_cells(open_cells))
-    n = min(study.executor.workers, n_groups)
-    workers = [Worker(study, grid.weights, folder.path, wanted, index, n, maker) for index in range(n)]
-    if isinstance(study.executor, Debug):
-        (worker,) = workers
-        worker.on_cell = _counting(folder, open_cells, tell)
-        return [submitit.DebugExecutor(logs).submit(worker)]
-    if isinstance(study.executor, Local):
-        return list(_submit_here(study.executor, logs, workers))
-    executor = slurm_executor(study.executor, logs)
-    with executor.batch():
-        return [executor.submit(worker) for worker in workers]
-
-
-def _submit_here(choice: Local, logs: Path, workers: Sequence[Worker]) -> Iterator[submitit.Job[int]]:
-    for worker in workers:
-        # One for each, since each has a GPU of its own.
-        executor = submitit.LocalExecutor(logs, max_num_timeout=1000)
-        gpus = {"gpus_per_node": 1, "visible_gpus": [worker.index % choice.gpus]} if choice.gpus else {"gpus_per_node": 0}
-        executor.update_parameters(timeout_min=choice.timeout_min, **gpus)
-        yield executor.submit(worker)
-
-
-def slurm_executor(choice: Slurm, logs: Path) -> submitit.AutoExecutor:
-    """What hands in jobs to a cluster.
-
-    Raises:
-        ValueError: If there is none here.
-    """
-    try:
-        executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=choice.requeues)
-    except RuntimeError as error:
-        raise ValueError(f"the executor 'slurm' needs a machine of a SLURM cluster: {error}") from error
-    named = {name: getattr(choice, name) for name in ("partition", "account", "qos", "constraint")}
-    executor.update_parameters(
-        name="iclgd",
-        timeout_min=choice.timeout_min,
-        cpus_per_task=choice.cpus,
-        gpus_per_node=choice.gpus,
-        mem_gb=choice.mem_gb,
-        slurm_array_parallelism=choice.parallel,
-        slurm_setup=list(choice.setup),
-        slurm_additional_parameters=dict(choice.more),
-        **{f"slurm_{name}": value for name, value in named.items() if value is not None},
-    )
-    return executor
 
 
 def _counting(folder: SweepFolder, open_cells: Sequence[str], tell: Callable[[Progress], None]) -> OnCell:
@@ -402,21 +204,5 @@ def _wait(
             tell(Progress(to_do - len(left), failed, len(left) - failed, tuple(folder.running())))
             took = time.perf_counter() - began
     except KeyboardInterrupt:
-        _end(jobs)
+        end_jobs(jobs)
         raise
-
-
-def _end(jobs: Sequence[submitit.Job[int]]) -> None:
-    """End jobs, and give those of this machine a moment to put their things away."""
-    for job in jobs:
-        job.cancel()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and not all(job.done() for job in jobs if isinstance(job, submitit.LocalJob)):
-        time.sleep(0.1)
-
-
-def _what_they_said(jobs: Sequence[submitit.Job[int]], folder: SweepFolder) -> str:
-    """Why workers ended without having run anything, as far as they said."""
-    said = [str(error).strip() for error in (job.exception() for job in jobs) if error is not None]
-    why = f" The first of them said:\n{said[0]}" if said else ""
-    return f"the workers ended without having run a cell; what they wrote is in {folder.jobs}.{why}"

@@ -11,8 +11,9 @@ import pandas as pd
 import pyarrow.compute as pc
 from plotly import graph_objects as go
 
+from iclgd_lens.experiments.contrasts import contrasts
 from iclgd_lens.experiments.folder import REPORT
-from iclgd_lens.experiments.results import OPTIONS, contrasts, summarise
+from iclgd_lens.experiments.results import OPTIONS, summarise
 from iclgd_lens.experiments.sweep_folder import Failure, SweepFolder
 from iclgd_lens.experiments.sweep_results import SweepResults, load_results
 from iclgd_lens.files import write_text

@@ -10,7 +10,8 @@ from pandas.testing import assert_frame_equal
 from iclgd_lens import Comparison, accuracy, capture, compare, gd, lcgd, load_task, sim_am, sim_am_delta, sim_aou
 from iclgd_lens.data.controls import permuted, shuffled_labels
 from iclgd_lens.data.episodes import Episode
-from iclgd_lens.experiments.compare import CONTROLS, n_runs
+from iclgd_lens.experiments.compare import n_runs
+from iclgd_lens.experiments.methods import CONTROLS
 from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.updates.gradient import DivergedError
 from iclgd_lens.updates.random_weights import random_weights

@@ -41,7 +41,8 @@ from iclgd_lens.data.episodes import Episode
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.experiments.compare import n_runs
 from iclgd_lens.experiments.kernel_attention import _implied, attention_views
-from iclgd_lens.experiments.kernel_regression import SHUFFLES, STEPS, Labels
+from iclgd_lens.experiments.kernel_descent import STEPS
+from iclgd_lens.experiments.kernel_regression import SHUFFLES, Labels
 from iclgd_lens.metrics.agreement import label_distribution
 from iclgd_lens.models.hooked import HookedTransformer
 from tests.models_zoo import make_demonstrations, make_model, make_queries

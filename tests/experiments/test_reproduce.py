@@ -16,7 +16,8 @@ from iclgd_lens.data.registry import load_task
 from iclgd_lens.data.tasks import Task
 from iclgd_lens.experiments import learning_rate
 from iclgd_lens.experiments import reproduce as running
-from iclgd_lens.experiments.compare import CONTROLS, compare
+from iclgd_lens.experiments.compare import compare
+from iclgd_lens.experiments.methods import CONTROLS
 from iclgd_lens.experiments.protocol import TWINS, Protocol
 from iclgd_lens.experiments.reproduce import FRAMES, reproduce
 from iclgd_lens.models.hooked import HookedTransformer

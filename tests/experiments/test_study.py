@@ -7,7 +7,7 @@ import torch
 
 from iclgd_lens import Study
 from iclgd_lens.experiments.grid import Grid
-from iclgd_lens.experiments.sweep import threads_of
+from iclgd_lens.experiments.sweep_worker import threads_of
 
 GOOD = "models: bundled\ntasks: bundled/remapped\nseeds: [0, 1]\nlr: 0.1\n"
 EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*.yaml"))

@@ -20,8 +20,9 @@ from submitit.slurm.test_slurm import mocked_slurm
 
 from iclgd_lens import Study, load_results, run_sweep
 from iclgd_lens.experiments.grid import Grid
-from iclgd_lens.experiments.sweep import Plan, Progress, Worker, work
+from iclgd_lens.experiments.sweep import Plan, Progress
 from iclgd_lens.experiments.sweep_folder import SweepFolder
+from iclgd_lens.experiments.sweep_worker import Worker, work
 from tests.experiments.trivial_cells import Trivial
 
 SMALL = {"models": "bundled", "tasks": ["bundled/remapped", "bundled/natural"], "seeds": [0, 1, 2], "k": [2, 4], "lr": [0.01, 0.1]}

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from iclgd_lens import Protocol, load_model, reproduce
-from iclgd_lens.experiments.compare import CONTROLS
+from iclgd_lens.experiments.methods import CONTROLS
 from iclgd_lens.experiments.paper import AVERAGES, PAPER
 from iclgd_lens.experiments.reproduce import Results
 from iclgd_lens.views.figures import figures, write_figures
