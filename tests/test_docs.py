@@ -83,12 +83,10 @@ def test_studies_are_valid(page: Path):
 
 
 def test_the_reference_describes_what_is_exported_and_nothing_else():
-    described = [path for page in (DOCS / "reference").glob("*.md") for path in re.findall(r"^::: (\S+)$", page.read_text(), re.M)]
+    pages = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    described = re.findall(r"^::: iclgd_lens\.(\w+)$", pages, re.MULTILINE)
     listed = re.findall(r"`(\w+)`", "".join(line for line in (DOCS / "reference" / "index.md").open() if line.startswith("| [")))
-    assert sorted(path.rsplit(".", 1)[1] for path in described) == sorted(iclgd_lens.__all__) == sorted(listed)
-    for path in described:
-        module, exported = path.rsplit(".", 1)
-        assert getattr(importlib.import_module(module), exported) is getattr(iclgd_lens, exported)
+    assert sorted(described) == sorted(iclgd_lens.__all__) == sorted(listed)
 
 
 def test_links_lead_somewhere():
