@@ -82,6 +82,7 @@ def gd(
         ValueError: If an option is unknown or does not fit another, there are no demonstrations, one is longer than the context
             window.
         DivergedError: If the update becomes non-finite (the message names the demonstration and the layer).
+        RuntimeError: If another thread is capturing this model, or has an update attached to it.
     """
     settings = UpdateSettings("gd", lr, loss_on, readout, schedule, epochs, parameters)
     return _descend(model, demonstrations, settings, label_tokens, output_gradients)
