@@ -28,6 +28,9 @@ Backend = Literal["auto", "hooked", "bridge"]
 PICKLED_BY_TRANSFORMER_LENS = ("NeelNanda/", "ArthurConmy/", "Baidicoot/")
 """Whose models TransformerLens keeps as pickles on the hub, and unpickles without a check."""
 
+_SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+"""How Hugging Face models are read: weights are never unpickled, and code beside them never run, nor anybody asked whether to."""
+
 SAME_OUTPUTS = {64: 1e-5, 32: 1e-4, 16: 0.05}
 """How much log-probabilities may differ between a model and its conversion, relative to the largest, by the bits of its dtype."""
 
@@ -193,14 +196,10 @@ def _load_named(name: str, backend: Backend, device: str, dtype: torch.dtype, pr
             )
         raise ValueError(f"TransformerLens has no HookedTransformer for {name!r}; load it with backend='bridge' or 'auto'")
     with hub.asked(f"the model {name!r}", instead):
-        hf_model = AutoModelForCausalLM.from_pretrained(hub_name(name), dtype=dtype, attn_implementation="eager", **_SAFE)
+        hf_model: Any = AutoModelForCausalLM.from_pretrained(hub_name(name), dtype=dtype, attn_implementation="eager", **_SAFE)
         bridge = TransformerBridge.boot_transformers(hub_name(name), hf_model=hf_model.to(device), device=device, dtype=dtype)
     bridge.original_model.eval()
     return _processed(bridge, process_weights)
-
-
-_SAFE = {"use_safetensors": True, "trust_remote_code": False}
-"""How Hugging Face models are read: weights are never unpickled, and code beside them is never run, nor asked whether to."""
 
 
 def _runs_remote_code(name: str) -> bool:
