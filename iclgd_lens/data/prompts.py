@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from iclgd_lens.digests import digest_of
 
 
-def _no_tokens() -> Int[Tensor, "pos"]:
+def _no_tokens() -> Int[Tensor, "0"]:
     return torch.empty(0, dtype=torch.long)
 
 
@@ -34,8 +34,8 @@ class Demonstration:
     Attributes:
         tokens: `[pos]`: BOS, text, label.
         n_label_tokens: How many tokens at the end are the label's.
-        separator: `[pos]`: what follows the demonstration in an in-context prompt. It is not part of `tokens`: the loss of a
-            gradient step is taken without it.
+        separator: `[separator_pos]`: what follows the demonstration in an in-context prompt. It is not part of `tokens`: the loss
+            of a gradient step is taken without it.
         label: The class index, where it is known.
 
     Raises:
@@ -44,7 +44,7 @@ class Demonstration:
 
     tokens: Int[Tensor, "pos"]
     n_label_tokens: int
-    separator: Int[Tensor, "pos"] = field(default_factory=_no_tokens)
+    separator: Int[Tensor, "separator_pos"] = field(default_factory=_no_tokens)
     label: int | None = None
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class Query:
     """
 
     tokens: Int[Tensor, "pos"]
-    label_tokens: tuple[Int[Tensor, "label_pos"], ...] = ()
+    label_tokens: tuple[Int[Tensor, "_label_pos"], ...] = ()
     label: int | None = None
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ class PromptFormat:
         text = self.separator.replace("{eos}", tokenizer.eos_token or "")
         return torch.tensor(_encode(tokenizer, text), dtype=torch.long)
 
-    def label_tokens(self, tokenizer: PreTrainedTokenizerBase, label_words: Sequence[str]) -> tuple[Int[Tensor, "label_pos"], ...]:
+    def label_tokens(self, tokenizer: PreTrainedTokenizerBase, label_words: Sequence[str]) -> tuple[Int[Tensor, "_label_pos"], ...]:
         """Tokenise label words as they stand after the template, with a leading space.
 
         They are tokenised behind the template's last words, since some tokenizers write the beginning of a text differently.
