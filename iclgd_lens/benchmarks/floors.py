@@ -115,14 +115,14 @@ def in_turn(steps: Sequence[Step]) -> Step:
     return run
 
 
-def forward_passes(model: HookedTransformer, prompts: Sequence[Int[Tensor, "pos"]]) -> None:
+def forward_passes(model: HookedTransformer, prompts: Sequence[Int[Tensor, "_pos"]]) -> None:
     """A plain forward pass of every prompt by itself, without unembedding."""
     with torch.no_grad():
         for tokens in prompts:
             model(tokens[None].to(model.cfg.device), return_type=None)
 
 
-def output_passes(model: HookedTransformer, prompts: Sequence[Int[Tensor, "pos"]]) -> None:
+def output_passes(model: HookedTransformer, prompts: Sequence[Int[Tensor, "_pos"]]) -> None:
     """Torch's own forward and backward pass of every prompt, from the loss at the output to all keys and values."""
     norm: Any = model.ln_final if model.cfg.normalization_type is not None else torch.nn.Identity()
     for tokens in prompts:
@@ -136,7 +136,7 @@ def output_passes(model: HookedTransformer, prompts: Sequence[Int[Tensor, "pos"]
             torch.autograd.grad(F.cross_entropy(logits, targets), projected)
 
 
-def layerwise_passes(model: HookedTransformer, prompts: Sequence[Int[Tensor, "pos"]]) -> None:
+def layerwise_passes(model: HookedTransformer, prompts: Sequence[Int[Tensor, "_pos"]]) -> None:
     """Torch's own forward and backward pass of every prompt and block, from the block's output to its keys and values."""
     for tokens in prompts:
         projected: list[Tensor] = []

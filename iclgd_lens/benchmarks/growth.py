@@ -19,6 +19,7 @@ import torch
 from iclgd_lens.benchmarks.memory import allocated_peak, graph_memory
 from iclgd_lens.benchmarks.models import Sizes, make_model, random_episode
 from iclgd_lens.benchmarks.timing import fit_exponent
+from iclgd_lens.checks import require_count
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.runs.capture import capture
@@ -83,8 +84,7 @@ def measure_growth(
     Raises:
         ValueError: If `repeats` is not positive.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    require_count("repeats", repeats)
     rows = []
     for axis in axes:
         if on_axis is not None:

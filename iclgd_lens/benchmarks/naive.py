@@ -58,7 +58,7 @@ def naive_update(
     lr: float,
     loss_on: str = "demonstration",
     readout: str = "vocab",
-    label_tokens: Sequence[Int[Tensor, "label_pos"]] = (),
+    label_tokens: Sequence[Int[Tensor, "_label_pos"]] = (),
 ) -> HookedTransformer:
     """Train a deep copy of the model by plain SGD, one step per demonstration, in order.
 

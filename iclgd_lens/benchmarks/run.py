@@ -18,6 +18,7 @@ import torch
 
 from iclgd_lens.benchmarks.jobs import JOBS, Job, Setting
 from iclgd_lens.benchmarks.timing import time_pair
+from iclgd_lens.checks import require_some_of
 from iclgd_lens.views.sheets import Column, Sheet
 
 TOLERANCE = {64: 1e-8, 32: 1e-4, 16: 0.1}
@@ -53,8 +54,7 @@ def run_benchmarks(
         ValueError: If a job is unknown or `repeats` is not positive.
         DisagreementError: If a job's results are not the naive path's.
     """
-    if unknown := [name for name in jobs if name not in JOBS]:
-        raise ValueError(f"jobs must be some of {', '.join(JOBS)}; got {unknown[0]!r}")
+    require_some_of("jobs", jobs, tuple(JOBS))
     rows = []
     for name in jobs:
         if on_job is not None:

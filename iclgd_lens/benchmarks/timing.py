@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from iclgd_lens.checks import require_count
+
 _PROCESS = Path("/proc/self")
 _RESET_PEAK = "5"
 """What `clear_refs` takes as the wish to reset the high-water mark of resident memory."""
@@ -101,8 +103,7 @@ def time_pair(
     Raises:
         ValueError: If there is nothing to time.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    require_count("repeats", repeats)
     for _ in range(warm_up):
         first()
         second()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import get_args
 
+from iclgd_lens.checks import require_one_of
 from iclgd_lens.data.prompts import PromptFormat
 from iclgd_lens.data.rows import Example
 from iclgd_lens.data.tasks import Draw, Task
@@ -27,8 +28,7 @@ def bundled_task(mapping: language.Labelling, n_classes: int = 2) -> Task:
     Raises:
         ValueError: If `mapping` is unknown or `n_classes` out of range.
     """
-    if mapping not in get_args(language.Labelling):
-        raise ValueError(f"mapping must be one of {', '.join(map(repr, get_args(language.Labelling)))}; got {mapping!r}")
+    require_one_of("mapping", mapping, get_args(language.Labelling))
     language.require_n_classes(n_classes)
     name = f"bundled/{mapping}" + ("" if n_classes == 2 else f"-{n_classes}")
 

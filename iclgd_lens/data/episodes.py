@@ -34,7 +34,7 @@ class Episode:
     demonstrations: tuple[Demonstration, ...]
     queries: tuple[Query, ...]
     label_words: tuple[str, ...]
-    label_tokens: tuple[Int[Tensor, "label_pos"], ...]
+    label_tokens: tuple[Int[Tensor, "_label_pos"], ...]
     order: int = 0
 
     @property

@@ -53,7 +53,7 @@ def require_token_numbers(tokens: Int[Tensor, "pos"], what: str) -> None:
         raise ValueError(f"{what} must be whole numbers of dtype torch.int64, got {tokens.dtype}")
 
 
-def _no_tokens() -> Int[Tensor, "pos"]:
+def _no_tokens() -> Int[Tensor, "0"]:
     return torch.empty(0, dtype=torch.long)
 
 
@@ -64,8 +64,8 @@ class Demonstration:
     Attributes:
         tokens: `[pos]`: BOS, text, label.
         n_label_tokens: How many tokens at the end are the label's.
-        separator: `[pos]`: what follows the demonstration in an in-context prompt. It is not part of `tokens`: the loss of a
-            gradient step is taken without it.
+        separator: `[separator_pos]`: what follows the demonstration in an in-context prompt. It is not part of `tokens`: the loss
+            of a gradient step is taken without it.
         label: The class index, where it is known.
 
     Raises:
@@ -74,7 +74,7 @@ class Demonstration:
 
     tokens: Int[Tensor, "pos"]
     n_label_tokens: int
-    separator: Int[Tensor, "pos"] = field(default_factory=_no_tokens)
+    separator: Int[Tensor, "separator_pos"] = field(default_factory=_no_tokens)
     label: int | None = None
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class Query:
     """
 
     tokens: Int[Tensor, "pos"]
-    label_tokens: tuple[Int[Tensor, "label_pos"], ...] = ()
+    label_tokens: tuple[Int[Tensor, "_label_pos"], ...] = ()
     label: int | None = None
 
     def __post_init__(self) -> None:
@@ -236,7 +236,7 @@ class PromptFormat:
         text = self.separator.replace("{eos}", tokenizer.eos_token or "")
         return torch.tensor(_encode_behind(tokenizer, "x", text), dtype=torch.long)
 
-    def label_tokens(self, tokenizer: PreTrainedTokenizerBase, label_words: Sequence[str]) -> tuple[Int[Tensor, "label_pos"], ...]:
+    def label_tokens(self, tokenizer: PreTrainedTokenizerBase, label_words: Sequence[str]) -> tuple[Int[Tensor, "_label_pos"], ...]:
         """Tokenise label words as they stand after the template, with a leading space.
 
         They are tokenised behind the template's last words, since some tokenizers write the beginning of a text differently.

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import datasets
 import torch
 
+from iclgd_lens.checks import require_count
 from iclgd_lens.data.episodes import Episode, how_many_fit, require_fit
 from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query
 from iclgd_lens.data.rows import Example, checked_examples, read_csv, read_jsonl
@@ -124,8 +125,7 @@ class Task:
                 would fit).
         """
         require_k(k)
-        if not isinstance(n_queries, Integral) or n_queries < 1:
-            raise ValueError(f"n_queries must be at least 1, got {n_queries!r}")
+        require_count("n_queries", n_queries)
         if not isinstance(order, Integral) or order < 0:
             raise ValueError(f"order must be a number, 0 for the order of the draw; got {order!r}")
         episode = self._tokenised(model, self.most if k == "fit" else k, n_queries, seed)

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from iclgd_lens.checks import require_some_of
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.comparison import Comparison
 from iclgd_lens.experiments.kernels import TICKS, require_kernel_views
-from iclgd_lens.experiments.methods import CONTROLS, Control, Method, require_known, require_methods
+from iclgd_lens.experiments.methods import CONTROLS, Control, Method, require_methods
 from iclgd_lens.experiments.reference import Reference
 from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, Readout, Schedule
@@ -73,7 +74,7 @@ def compare(
         DivergedError: If an update becomes non-finite, unless that is to be recorded.
     """
     require_methods(methods)
-    require_known("controls", controls, CONTROLS)
+    require_some_of("controls", controls, CONTROLS)
     if "other_task" in controls and other is None:
         raise ValueError("the control 'other_task' needs other=, an episode of another task")
     rates = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(map(str, methods), lr)

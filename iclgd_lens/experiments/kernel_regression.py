@@ -180,7 +180,7 @@ def _kernels(
 
 
 def _where_defined(
-    estimate: Callable[..., Float[Tensor, "query label"]], kernels: Sequence[Float[Tensor, "layer row point"]], n_labels: int
+    estimate: Callable[..., Float[Tensor, "query label"]], kernels: Sequence[Float[Tensor, "layer _row point"]], n_labels: int
 ) -> Float[Tensor, "layer query label"]:
     """Estimate layer by layer, from kernels of which the last is that of the queries; NaN where one is not finite."""
     found = kernels[-1].new_full((*kernels[-1].shape[:2], n_labels), torch.nan)

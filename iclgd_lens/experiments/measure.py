@@ -32,7 +32,7 @@ CHUNK = 256
 """How many queries a similarity is computed for at once."""
 
 
-def run_rows(run: Activations, label_tokens: Sequence[Int[Tensor, "label_pos"]]) -> Iterator[Row]:
+def run_rows(run: Activations, label_tokens: Sequence[Int[Tensor, "_label_pos"]]) -> Iterator[Row]:
     """How well one run does the task; after every layer, too, where label words differ in the first token."""
     yield from metric_rows("accuracy", correct(run))
     yield from metric_rows("label_loss", label_loss(run))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
+from iclgd_lens.checks import require_some_of
 from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.updates.gradient import gd, lcgd
 
@@ -31,16 +32,6 @@ def require_methods(methods: Sequence[str]) -> None:
     Raises:
         ValueError: If there are none, or one is unknown.
     """
-    require_known("methods", methods, tuple(METHODS))
+    require_some_of("methods", methods, tuple(METHODS))
     if not methods:
         raise ValueError(f"methods must be some of {', '.join(METHODS)}; got none")
-
-
-def require_known(parameter: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Check that every name is known.
-
-    Raises:
-        ValueError: If one is not, naming the parameter, the name and what is allowed.
-    """
-    if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"{parameter} must be some of {', '.join(known)}; got {unknown[0]!r}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal, get_args
 
+from iclgd_lens.checks import require_count, require_some_of
 from iclgd_lens.data.registry import BUNDLED_TASKS, require_tasks
 from iclgd_lens.data.tasks import require_k
 from iclgd_lens.experiments.learning_rate import GRID, UPDATE_OPTIONS, held_out_seeds
-from iclgd_lens.experiments.methods import CONTROLS, Control, Method, require_known, require_methods
+from iclgd_lens.experiments.methods import CONTROLS, Control, Method, require_methods
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.models.untrained import Part
 from iclgd_lens.updates.dual import UpdateSettings
@@ -100,12 +101,11 @@ class Protocol:
             if twice := [value for value in values if list(values).count(value) > 1]:
                 raise ValueError(f"{name} names {twice[0]!r} twice")
         require_methods(self.methods)
-        require_known("controls", self.controls, CONTROLS)
-        require_known("twins", self.twins, tuple(TWINS))
+        require_some_of("controls", self.controls, CONTROLS)
+        require_some_of("twins", self.twins, tuple(TWINS))
         for name in ("orders", "n_queries", "n_tuning_seeds", "n_tuning_queries"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, Integral) or value < 1):
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
+            if (value := getattr(self, name)) is not None:
+                require_count(name, value)
         if self.k is not None:
             require_k(self.k)
         if self.seeds is not None and not self.seeds:

@@ -26,6 +26,8 @@ from jaxtyping import Float
 from scipy import special, stats
 from statsmodels.stats.multitest import multipletests
 
+from iclgd_lens.checks import require_count
+
 FREEDOM = 4
 """The fewest degrees of freedom with which `bootstrap_interval` gives an interval: a single task of 5 draws has as many."""
 
@@ -53,7 +55,7 @@ class Stratum:
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2:
-            raise ValueError(f"values must be [draw query], and have shape {self.values.shape}")
+            raise ValueError(f"values must be [draw query]; got shape {list(self.values.shape)}")
         if np.isinf(self.values).any():
             raise ValueError("values must be finite, or NaN where undefined; some are infinite")
 
@@ -102,9 +104,8 @@ def bootstrap_interval(
         ValueError: If `level` or `n_resamples` is out of range.
     """
     if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, and is {level}")
-    if n_resamples < 1:
-        raise ValueError(f"n_resamples must be at least 1, and is {n_resamples}")
+        raise ValueError(f"level must be between 0 and 1, got {level}")
+    require_count("n_resamples", n_resamples)
     tables = [_table(stratum) for stratum in strata]
     freedom = [min(table.shape) - 1 if stratum.crossed else len(table) - 1 for table, stratum in zip(tables, strata, strict=True)]
     if not strata or min(freedom) < 1 or sum(freedom) < FREEDOM:
@@ -131,7 +132,7 @@ def bootstrap_interval(
     return (mean - high * error, mean - low * error) if math.isfinite(high - low) else (math.nan, math.nan)
 
 
-def permutation_p(draw_means: Sequence[Float[np.ndarray, "draw"]], n_resamples: int = 9999, seed: int = 0) -> float:
+def permutation_p(draw_means: Sequence[Float[np.ndarray, "_draw"]], n_resamples: int = 9999, seed: int = 0) -> float:
     """The two-sided p-value of a sign-flip permutation test that the mean over tasks of their means over draws is zero.
 
     The null hypothesis is that each task's draws are spread symmetrically about zero: then every sign could as well be the other.
@@ -189,7 +190,7 @@ def holm(p_values: Sequence[float] | Float[np.ndarray, "test"]) -> Float[np.ndar
     return corrected
 
 
-def effect_size(draw_means: Sequence[Float[np.ndarray, "draw"]]) -> float:
+def effect_size(draw_means: Sequence[Float[np.ndarray, "_draw"]]) -> float:
     """The mean paired difference in units of its standard deviation over draws, corrected for few draws: Hedges' g_z.
 
     It is J(ν) d_z: d_z is the estimate by the pooled standard deviation of draws within tasks (Cohen's d_z in Lakens 2013, eq. 6,

@@ -19,11 +19,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from iclgd_lens.checks import require_some_of
 from iclgd_lens.data.registry import require_tasks
 from iclgd_lens.draws import MOST_SEED
 from iclgd_lens.experiments.checked_yaml import read_checked
 from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
-from iclgd_lens.experiments.methods import Control, Method, require_known
+from iclgd_lens.experiments.methods import Control, Method
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.experiments.protocol import TWINS
 from iclgd_lens.models.loading import Backend, parse_device, require_model, shown_name
@@ -230,7 +231,7 @@ class Study(_Strict):
     @field_validator("twins")
     @classmethod
     def _known_twins(cls, twins: tuple[str, ...]) -> tuple[str, ...]:
-        require_known("twins", twins, tuple(TWINS))
+        require_some_of("twins", twins, tuple(TWINS))
         return twins
 
     @field_validator("other_task")

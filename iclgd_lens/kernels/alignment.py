@@ -15,7 +15,7 @@ from iclgd_lens.metrics.similarity import cosine
 from iclgd_lens.models.precision import wide
 
 
-def centred_alignment(a: Float[Tensor, "*batch query point"], b: Float[Tensor, "*batch query point"]) -> Float[Tensor, "*batch"]:
+def centred_alignment(a: Float[Tensor, "*#batch query point"], b: Float[Tensor, "*#batch query point"]) -> Float[Tensor, "*batch"]:
     """Centred alignment of two kernels between the same queries and points; other axes broadcast.
 
     Returns:

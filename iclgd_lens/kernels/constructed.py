@@ -21,7 +21,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iclgd_lens.checks import require_count, require_positive
 from iclgd_lens.data.prompts import Demonstration, Query, demonstrations_digest
 from iclgd_lens.kernels.smoother import nadaraya_watson
 from iclgd_lens.metrics.similarity import sim_aou
@@ -61,7 +61,8 @@ def regression_model(width: int = 24, examples: int = 40, queries: int = 16, see
     Raises:
         ValueError: If a size is below 1.
     """
-    _require_sizes(width=width, examples=examples, queries=queries)
+    for name, size in (("width", width), ("examples", examples), ("queries", queries)):
+        require_count(name, size)
     pairs = torch.randn(examples + queries, 2 * width, generator=torch.Generator().manual_seed(seed))
     pairs[examples:, width:] = 0
     return _pair_model(pairs, width, examples, REGRESSION)
@@ -221,9 +222,9 @@ def gaussian_smoother(
         ValueError: If a size is below 1, or the bandwidth is not finite and above 0, or so small that attention to all
             demonstrations is lost in float32 for some query.
     """
-    _require_sizes(width=width, examples=examples, queries=queries, n_labels=n_labels)
-    if not isinstance(bandwidth, Real) or not math.isfinite(bandwidth) or bandwidth <= 0:
-        raise ValueError(f"bandwidth must be a number, finite and above 0; got {bandwidth!r}")
+    for name, size in (("width", width), ("examples", examples), ("queries", queries), ("n_labels", n_labels)):
+        require_count(name, size)
+    require_positive("bandwidth", bandwidth)
     x = F.normalize(torch.randn(examples + queries, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
     # Attention to its own token has the largest score of a query, 1 / σ².
     below = (1 - (x[examples:] @ x[:examples].T).amax(dim=-1)) / bandwidth**2
@@ -298,9 +299,3 @@ def _demonstrations(examples: int, labels: list[int] | None = None) -> tuple[Dem
 
 def _queries(examples: int, queries: int) -> tuple[Query, ...]:
     return tuple(Query(torch.tensor([0, 1 + examples + number])) for number in range(queries))
-
-
-def _require_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")

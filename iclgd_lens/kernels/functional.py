@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import reduce
-from numbers import Integral, Real
 from typing import Literal, get_args
 
 import torch
@@ -26,6 +25,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iclgd_lens.checks import require_count, require_finite, require_one_of, require_positive
 from iclgd_lens.kernels.smoother import require_kernel
 from iclgd_lens.metrics.agreement import distribution_divergence
 from iclgd_lens.models.precision import wide_dtype
@@ -69,7 +69,9 @@ def functional_gd(
             cross-entropy are not distributions, or an option is unknown or out of range.
         DivergedError: If a step makes a value that is not finite: the learning rate is too large.
     """
-    _check_options(lr, steps, loss)
+    require_positive("lr", lr)
+    require_count("steps", steps)
+    require_one_of("loss", loss, get_args(FunctionalLoss))
     n_points, n_queries, n_labels = _check_shapes(between_points, to_points, targets)
     starts = (
         _start("start_points", start_points, (n_points, n_labels), targets),
@@ -157,15 +159,6 @@ def _best_monotone_match(similarity: Float[Tensor, "layer iterate"]) -> Int[Tens
     return torch.tensor(match[::-1], device=similarity.device)
 
 
-def _check_options(lr: float, steps: int, loss: FunctionalLoss) -> None:
-    if not isinstance(lr, Real) or not math.isfinite(lr) or lr <= 0:
-        raise ValueError(f"lr must be a number, finite and above 0; got {lr!r}")
-    if not isinstance(steps, Integral) or steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps!r}")
-    if loss not in get_args(FunctionalLoss):
-        raise ValueError(f"loss must be one of {', '.join(map(repr, get_args(FunctionalLoss)))}; got {loss!r}")
-
-
 def _check_shapes(between_points: Tensor, to_points: Tensor, targets: Tensor) -> tuple[int, int, int]:
     """Validate the kernel and the targets; return the numbers of points, queries and labels."""
     if targets.ndim != 2 or 0 in targets.shape:
@@ -186,7 +179,7 @@ def _check_shapes(between_points: Tensor, to_points: Tensor, targets: Tensor) ->
             "between_points and to_points must be of one kernel, scalar or matrix-valued; got "
             f"{list(between_points.shape)} and {list(to_points.shape)}"
         )
-    _require_finite(targets, "targets")
+    require_finite("targets", targets)
     return n_points, len(to_points), n_labels
 
 
@@ -196,18 +189,13 @@ def _start(name: str, given: Tensor | None, shape: tuple[int, int], like: Tensor
         return torch.zeros(shape, dtype=wide_dtype(like.dtype), device=like.device)
     if given.shape != shape:
         raise ValueError(f"{name} must have the shape {list(shape)}; got {list(given.shape)}")
-    _require_finite(given, name)
+    require_finite(name, given)
     return given
-
-
-def _require_finite(tensor: Tensor, name: str) -> None:
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} has {int((~tensor.isfinite()).sum())} of {tensor.numel()} entries that are not finite")
 
 
 def _distributions(rows: Float[Tensor, "*batch label"], name: str) -> Float[Tensor, "*batch label"]:
     """Validate probabilities; return them in float64, their sums rid of rounding."""
-    _require_finite(rows, name)
+    require_finite(name, rows)
     rows = rows.double()
     total = rows.sum(dim=-1, keepdim=True)
     if bool((rows < 0).any()) or bool(((total - 1).abs() > 1e-3).any()):

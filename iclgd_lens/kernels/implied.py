@@ -28,6 +28,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iclgd_lens.checks import require_one_of
 from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, demonstrations_digest
 from iclgd_lens.draws import reordered
 from iclgd_lens.metrics.ranking import kendall_tau, spearman_rho, top_k_recall, weight_cosine
@@ -106,8 +107,7 @@ def implied_attention(
     Raises:
         ValueError: If `reading` is unknown, or the update was made on other demonstrations.
     """
-    if reading not in get_args(Reading):
-        raise ValueError(f"reading must be one of {', '.join(map(repr, get_args(Reading)))}; got {reading!r}")
+    require_one_of("reading", reading, get_args(Reading))
     weights = attribution.norms if reading == "contribution" else attribution.coefficients
     places = _places(attribution, demonstrations)
     behind_bos = places >= 0

@@ -10,7 +10,6 @@ The prediction is `ŷ(q) = Σᵢ yᵢ κ(q, i) / Σᵢ κ(q, i)` over the demons
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
@@ -21,6 +20,7 @@ from jaxtyping import Float, Int
 from sklearn.kernel_ridge import KernelRidge
 from torch import Tensor
 
+from iclgd_lens.checks import require_finite, require_one_of, require_positive
 from iclgd_lens.kernels.smoother import nadaraya_watson, require_kernel
 from iclgd_lens.metrics.similarity import cosine
 from iclgd_lens.models.precision import wide
@@ -74,8 +74,8 @@ def label_kernel(
 
 
 def hidden_kernel(
-    queries: Float[Tensor, "*batch query d_model"],
-    points: Float[Tensor, "*batch point d_model"],
+    queries: Float[Tensor, "*#batch query d_model"],
+    points: Float[Tensor, "*#batch point d_model"],
     kind: HiddenKernel,
     bandwidth: float | None = None,
 ) -> Float[Tensor, "*batch query point"]:
@@ -93,8 +93,7 @@ def hidden_kernel(
     Raises:
         ValueError: If `kind` is unknown, the bandwidth is not above 0 or belongs to another kernel, or an entry is not finite.
     """
-    if kind not in get_args(HiddenKernel):
-        raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(HiddenKernel)))}; got {kind!r}")
+    require_one_of("kind", kind, get_args(HiddenKernel))
     if bandwidth is not None and not isinstance(bandwidth, Real):
         raise ValueError(f"bandwidth must be a number, got {bandwidth!r}")
     if bandwidth is not None and kind != "rbf":
@@ -103,8 +102,7 @@ def hidden_kernel(
         raise ValueError(f"queries are {queries.shape[-1]} wide and points {points.shape[-1]}; they must be states of one model")
     queries, points = wide(queries), wide(points)
     for name, states in (("queries", queries), ("points", points)):
-        if not bool(states.isfinite().all()):
-            raise ValueError(f"{name} has {int((~states.isfinite()).sum())} of {states.numel()} entries that are not finite")
+        require_finite(name, states)
     if kind == "linear":
         return einsum(queries, points, "... query d_model, ... point d_model -> ... query point")
     if kind == "cosine":
@@ -133,7 +131,7 @@ def median_bandwidth(points: Float[Tensor, "*batch point d_model"]) -> Float[Ten
 
 
 def _distances(
-    a: Float[Tensor, "*batch query d_model"], b: Float[Tensor, "*batch point d_model"]
+    a: Float[Tensor, "*#batch query d_model"], b: Float[Tensor, "*#batch point d_model"]
 ) -> Float[Tensor, "*batch query point"]:
     # The default takes differences of squares for many points, which near points do not survive.
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
@@ -156,8 +154,7 @@ def kernel_ridge(
     Raises:
         ValueError: If a kernel is not finite or does not fit, or the ridge is not a finite number above 0.
     """
-    if not math.isfinite(ridge) or ridge <= 0:
-        raise ValueError(f"ridge must be a finite number above 0; got {ridge!r}")
+    require_positive("ridge", ridge)
     for name, kernel in (("between_points", between_points), ("to_points", to_points)):
         require_kernel(kernel, len(values), name)
     if len(between_points) != len(values):

@@ -114,7 +114,7 @@ def own_layer_change(
 
 def _label_logits(
     sites: HookSites,
-    prompts: Sequence[Int[Tensor, "pos"]],
+    prompts: Sequence[Int[Tensor, "_pos"]],
     lens: LogitLens,
     streams: dict[int, Tensor],
     update: ParameterUpdate | None = None,

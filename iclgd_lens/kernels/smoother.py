@@ -26,16 +26,17 @@ from dataclasses import dataclass
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
+from iclgd_lens.checks import require_finite
 from iclgd_lens.metrics.similarity import SCORE_ROUNDING, cosine, difference
 from iclgd_lens.models.precision import wide
 from iclgd_lens.runs.activations import Activations, require_not_updated, require_same_runs
 
 
 def nadaraya_watson(
-    kernel: Float[Tensor, "*batch query point"], values: Float[Tensor, "point value"]
+    kernel: Num[Tensor, "*batch query point"], values: Num[Tensor, "point value"]
 ) -> Float[Tensor, "*batch query value"]:
     """Average values with the weights that a kernel gives: `Σᵢ κ(q, xᵢ) yᵢ / Σᵢ κ(q, xᵢ)` (Nadaraya 1964; Watson 1964).
 
@@ -58,7 +59,7 @@ def nadaraya_watson(
     return einsum(weights, values.to(weights.dtype), "... query point, point value -> ... query value")
 
 
-def require_kernel(kernel: Float[Tensor, "*batch query point"], n_points: int, name: str = "kernel") -> None:
+def require_kernel(kernel: Num[Tensor, "*batch query point"], n_points: int, name: str = "kernel") -> None:
     """Check that a kernel matrix can be used with so many points.
 
     Raises:
@@ -66,9 +67,7 @@ def require_kernel(kernel: Float[Tensor, "*batch query point"], n_points: int, n
     """
     if kernel.ndim < 2 or kernel.shape[-1] != n_points:
         raise ValueError(f"{name} must have the shape [..., query, point] with {n_points} points; got {list(kernel.shape)}")
-    if not bool(kernel.isfinite().all()):
-        count = int((~kernel.isfinite()).sum())
-        raise ValueError(f"{name} has {count} of {kernel.numel()} entries that are not finite")
+    require_finite(name, kernel)
 
 
 @dataclass(frozen=True, eq=False)

@@ -187,7 +187,7 @@ class _Reader:
 
     def visit(
         self,
-        prompts: Sequence[Int[Tensor, "pos"]],
+        prompts: Sequence[Int[Tensor, "_pos"]],
         each: Callable[[int, Int[Tensor, "batch"], LabelGradients], None],
     ) -> None:
         """Call a function with every layer of every batch; what it does not keep is dropped before the next layer runs."""

@@ -98,7 +98,7 @@ def js_divergence(a: Activations, b: Activations) -> Float[Tensor, "query"]:
     return divergence.masked_fill(~(_finite(a) & _finite(b)), torch.nan)
 
 
-def distribution_divergence(p: Float[Tensor, "*batch label"], q: Float[Tensor, "*batch label"]) -> Float[Tensor, "*batch"]:
+def distribution_divergence(p: Float[Tensor, "*#batch label"], q: Float[Tensor, "*#batch label"]) -> Float[Tensor, "*batch"]:
     """Jensen-Shannon divergence between distributions, in nats and float64: `½ KL(p ‖ m) + ½ KL(q ‖ m)` with `m = ½ (p + q)`
     (Lin 1991). The other axes broadcast; that rows are distributions is not checked.
     """

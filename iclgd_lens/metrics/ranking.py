@@ -23,7 +23,7 @@ from iclgd_lens.metrics.similarity import cosine
 from iclgd_lens.models.precision import wide
 
 
-def kendall_tau(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"]) -> Float[Tensor, "*batch"]:
+def kendall_tau(a: Float[Tensor, "*#batch token"], b: Float[Tensor, "*#batch token"]) -> Float[Tensor, "*batch"]:
     """Kendall's rank correlation τ-b (Kendall 1945), by scipy; leading axes broadcast.
 
     NaN where a side is constant or has an entry that is not finite.
@@ -39,7 +39,7 @@ def kendall_tau(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token
     return torch.tensor(found, dtype=rows_a.dtype, device=rows_a.device).view(rows_a.shape[:-1])
 
 
-def spearman_rho(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"]) -> Float[Tensor, "*batch"]:
+def spearman_rho(a: Float[Tensor, "*#batch token"], b: Float[Tensor, "*#batch token"]) -> Float[Tensor, "*batch"]:
     """Spearman's rank correlation (Spearman 1904): Pearson's of the ranks, ties sharing their mean; leading axes broadcast.
 
     NaN where a side is constant or has an entry that is not finite.
@@ -52,7 +52,7 @@ def spearman_rho(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch toke
     return cosine(*(x - x.mean(dim=-1, keepdim=True) for x in ranks)).to(rows[0])
 
 
-def weight_cosine(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"]) -> Float[Tensor, "*batch"]:
+def weight_cosine(a: Float[Tensor, "*#batch token"], b: Float[Tensor, "*#batch token"]) -> Float[Tensor, "*batch"]:
     """The cosine of two weightings, in float32 or better; leading axes broadcast. Weights that are not negative have a high one for
     free.
 
@@ -64,7 +64,7 @@ def weight_cosine(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch tok
     return cosine(*_rows(a, b))
 
 
-def top_k_recall(a: Float[Tensor, "*batch token"], b: Float[Tensor, "*batch token"], k: int) -> Float[Tensor, "*batch"]:
+def top_k_recall(a: Float[Tensor, "*#batch token"], b: Float[Tensor, "*#batch token"], k: int) -> Float[Tensor, "*batch"]:
     """The share of the k heaviest tokens of `a` that are among the k heaviest of `b` (Dai et al. 2023, the authors' code).
 
     Tokens tied for the last places share them, so that recall is its mean over all ways to break ties; by chance it is k/n.

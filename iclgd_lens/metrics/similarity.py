@@ -128,6 +128,6 @@ def difference(
     return change.masked_fill(change.norm(dim=-1, keepdim=True) <= unit * longest, 0.0)
 
 
-def cosine(a: Float[Tensor, "*batch component"], b: Float[Tensor, "*batch component"]) -> Float[Tensor, "*batch"]:
+def cosine(a: Float[Tensor, "*#batch component"], b: Float[Tensor, "*#batch component"]) -> Float[Tensor, "*batch"]:
     """Cosine along the last axis, NaN where a vector is zero or not finite."""
     return einsum(_unit(a), _unit(b), "... component, ... component -> ...").clamp(-1.0, 1.0)

@@ -45,7 +45,7 @@ class AfterAttention:
         self,
         residual: Float[Tensor, "batch pos d_model"],
         heads: Float[Tensor, "batch pos head d_head"],
-        known: Sequence[Float[Tensor, "batch pos width"]],
+        known: Sequence[Float[Tensor, "batch pos _width"]],
     ) -> Float[Tensor, "batch pos d_model"]:
         """The block's output as a function of its input and of what its heads put out, given what was read at `known`."""
         mlp = self.block.mlp

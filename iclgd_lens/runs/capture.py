@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from iclgd_lens.checks import require_count
 from iclgd_lens.data.episodes import require_fit, require_known_tokens
 from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, context_tokens, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
@@ -150,8 +151,8 @@ class _Request:
     ) -> _Request:
         sites = sites_of(model)
         label_tokens = _common_label_tokens(queries)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size is not None:
+            require_count("batch_size", batch_size)
         bos = queries[0].tokens[0] if context is None else context_tokens(context)[0]
         if any(query.tokens[0] != bos for query in queries):
             raise ValueError("queries and demonstrations must all begin with the same BOS token")
@@ -235,7 +236,7 @@ def _wanted(keep: Sequence[Kept] | None, *, has_context: bool, has_labels: bool)
     return tuple(keep)
 
 
-def _common_label_tokens(queries: Sequence[Query]) -> tuple[Int[Tensor, "label_pos"], ...]:
+def _common_label_tokens(queries: Sequence[Query]) -> tuple[Int[Tensor, "_label_pos"], ...]:
     if not queries:
         raise ValueError("no queries: capture needs at least one")
     first = [tokens.tolist() for tokens in queries[0].label_tokens]

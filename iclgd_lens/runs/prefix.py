@@ -72,7 +72,7 @@ class Prefix:
             self.sites.run(self.tokens[None], torch.ones_like(self.tokens[None]))
         return seen
 
-    def continue_with(self, bodies: Sequence[Int[Tensor, "pos"]], fwd_hooks: Sequence[NamedHook]) -> None:
+    def continue_with(self, bodies: Sequence[Int[Tensor, "_pos"]], fwd_hooks: Sequence[NamedHook]) -> None:
         """Run a batch of continuations, each padded on the left to the longest, for what the hooks see.
 
         Nothing is returned: what is wanted is read by hooks. At a hook, position -1 is every continuation's last token.

@@ -52,8 +52,8 @@ class Reader:
         sites: HookSites,
         prefix: Prefix,
         wanted: Sequence[Kept],
-        bodies: Sequence[Int[Tensor, "pos"]],
-        label_tokens: tuple[Int[Tensor, "label_pos"], ...],
+        bodies: Sequence[Int[Tensor, "_pos"]],
+        label_tokens: tuple[Int[Tensor, "_label_pos"], ...],
         layout: ContextLayout | None,
     ) -> None:
         cfg, n, longest = sites.model.cfg, len(bodies), max(map(len, bodies))
@@ -111,7 +111,7 @@ class Reader:
             self.kept["label_log_probs"][rows] = self._score_labels(bodies, final[0])
 
     def _score_labels(
-        self, bodies: list[Int[Tensor, "pos"]], final: Float[Tensor, "batch d_model"]
+        self, bodies: list[Int[Tensor, "_pos"]], final: Float[Tensor, "batch d_model"]
     ) -> Float[Tensor, "batch label"]:
         """Mean log-likelihood of every label word's tokens; a word's later tokens are read behind its earlier ones."""
         first = self._log_probs(final)
@@ -125,7 +125,7 @@ class Reader:
             dim=-1,
         )
 
-    def _rest_log_prob(self, bodies: list[Int[Tensor, "pos"]], tokens: Int[Tensor, "label_pos"]) -> Float[Tensor, "batch"]:
+    def _rest_log_prob(self, bodies: list[Int[Tensor, "_pos"]], tokens: Int[Tensor, "label_pos"]) -> Float[Tensor, "batch"]:
         """Summed log-likelihood of a label word's tokens after the first."""
         seen: list[Float[Tensor, "batch label_pos d_model"]] = []
         n_rest = len(tokens) - 1

@@ -25,6 +25,7 @@ from einops import einsum, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iclgd_lens.checks import require_finite
 from iclgd_lens.models.precision import wide
 from iclgd_lens.runs.activations import Activations, require_not_updated
 
@@ -70,8 +71,7 @@ def attribute(update: ParameterUpdate, zsl: Activations, along: Float[Tensor, "q
     if along is not None:
         if along.shape != (expected := (len(zsl.labels), len(zsl.W_O), zsl.W_O[0].shape[-1])):
             raise ValueError(f"along must have the shape [query, layer, d_model] = {list(expected)}, got {list(along.shape)}")
-        if not bool(along.isfinite().all()):
-            raise ValueError(f"along has {int((~along.isfinite()).sum())} of {along.numel()} entries that are not finite")
+        require_finite("along", along)
     layers = []
     for layer, output in enumerate(zsl.W_O):
         output = wide(output)

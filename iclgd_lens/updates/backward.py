@@ -52,7 +52,7 @@ def output_gradients(
     recorder = Recorder(sites, parameters)
     top = sites.n_layers - 1
     rows = _Rows(sites, loss.positions, len(tokens))
-    found: list[Float[Tensor, "pos d_model"]] = []
+    found: list[Float[Tensor, "row d_model"]] = []
     hooks = [*injected]
     for layer in range(sites.n_layers):
         # Below the first layer nothing is trained: its projections are leaves, where backward stops.
@@ -78,7 +78,7 @@ def layer_causal_gradients(
     rows = _Rows(sites, loss.positions, len(tokens))
     at_once = max(1, min(BLOCKS_AT_ONCE, ROWS_AT_ONCE // len(loss.targets)))
     values: list[Float[Tensor, "block"]] = []
-    waiting: list[tuple[Float[Tensor, "pos d_model"], list[Tensor]]] = []
+    waiting: list[tuple[Float[Tensor, "row d_model"], list[Tensor]]] = []
     found: list[tuple[Tensor, ...]] = []
 
     def take(residual: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
@@ -129,7 +129,7 @@ class _Rows:
         at_heads = (self.sites.head_out[layer], read_and_leave_graph)
         return [(self.sites.residual_in[layer], read), at_heads, *((name, read) for name in part.known)]
 
-    def of(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "pos d_model"]:
+    def of(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "row d_model"]:
         if layer not in self.parts:
             return residual[0, self.positions]
         torch.set_grad_enabled(True)

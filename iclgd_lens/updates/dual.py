@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from iclgd_lens.checks import require_count, require_one_of
 from iclgd_lens.files import written_whole
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
@@ -80,14 +81,12 @@ class UpdateSettings:
 
     def __post_init__(self) -> None:
         for name, allowed in (("loss_on", LossOn), ("readout", Readout), ("schedule", Schedule)):
-            if (given := getattr(self, name)) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(allowed)))}; got {given!r}")
+            require_one_of(name, getattr(self, name), get_args(allowed))
         if self.readout == "labels" and self.loss_on != "label":
             raise ValueError("readout='labels' reads label tokens alone, so it needs loss_on='label'")
         if not isinstance(self.lr, Real) or not math.isfinite(self.lr) or self.lr < 0:
             raise ValueError(f"lr must be a number, finite and not negative; got {self.lr!r}")
-        if not isinstance(self.epochs, Integral) or self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs!r}")
+        require_count("epochs", self.epochs)
         names = require_parameters(self.parameters)
         # In the types that can be saved, whatever a caller's numbers were.
         for field, value in (("lr", float(self.lr)), ("epochs", int(self.epochs)), ("parameters", names)):

@@ -56,7 +56,7 @@ def gd(
     schedule: Schedule = "online",
     epochs: int = 1,
     parameters: Sequence[Parameter] = ALL_PARAMETERS,
-    label_tokens: Sequence[Int[Tensor, "label_pos"]] | None = None,
+    label_tokens: Sequence[Int[Tensor, "_label_pos"]] | None = None,
 ) -> ParameterUpdate:
     """Make the update of vanilla gradient descent: the loss is at the model's output.
 
@@ -98,7 +98,7 @@ def lcgd(
     schedule: Schedule = "online",
     epochs: int = 1,
     parameters: Sequence[Parameter] = ALL_PARAMETERS,
-    label_tokens: Sequence[Int[Tensor, "label_pos"]] | None = None,
+    label_tokens: Sequence[Int[Tensor, "_label_pos"]] | None = None,
 ) -> ParameterUpdate:
     """Make the update of layer-causal gradient descent: every layer has its own logit-lens loss, and nothing flows below it.
 
@@ -112,7 +112,7 @@ def _descend(
     model: HookedModel,
     demonstrations: Sequence[Demonstration],
     settings: UpdateSettings,
-    label_tokens: Sequence[Int[Tensor, "label_pos"]] | None,
+    label_tokens: Sequence[Int[Tensor, "_label_pos"]] | None,
     gradients_of: Callable[..., Gradients],
 ) -> ParameterUpdate:
     """Plain SGD over the demonstrations, gradients from `gradients_of`."""
@@ -201,7 +201,7 @@ def _check(
     model: HookedModel,
     demonstrations: Sequence[Demonstration],
     settings: UpdateSettings,
-    label_tokens: Sequence[Int[Tensor, "label_pos"]] | None,
+    label_tokens: Sequence[Int[Tensor, "_label_pos"]] | None,
 ) -> Int[Tensor, "token"] | None:
     """Validate demonstrations and label words; return the vocabulary columns of a restricted readout, sorted."""
     if not demonstrations:

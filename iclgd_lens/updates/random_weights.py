@@ -28,7 +28,7 @@ def random_weights(update: ParameterUpdate, seed: int = 0) -> ParameterUpdate:
     device = update.inputs.device
     norms = update.norms
 
-    def errors(kind: str, like: Float[Tensor, "layer token kv_head d_head"]) -> Float[Tensor, "layer token kv_head d_head"]:
+    def errors(kind: str, like: Float[Tensor, "layer token kv_head d_head"]) -> Float[Tensor, "layer drawn kv_head d_head"]:
         heads = like.shape[2]
         drawn = torch.randn(n_layers, d_model + 1, heads * like.shape[3], generator=generator).to(device, wide(like).dtype)
         weight, bias = drawn[:, :-1], drawn[:, -1:]

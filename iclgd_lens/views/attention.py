@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iclgd_lens.checks import require_count
 from iclgd_lens.data.episodes import Episode, require_fit
 from iclgd_lens.data.prompts import Demonstration, Query, context_tokens
 from iclgd_lens.files import write_text
@@ -209,8 +210,7 @@ def changed_heads(
     Raises:
         ValueError: If `top` is below 1, no head has a SimAM_Δ, or as `capture`.
     """
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
+    require_count("top", top)
     zsl, icl = (capture(model, [query], context=context, keep=["query_scores"]) for context in (None, demonstrations))
     ft = capture(model, [query], update=update, keep=["query_scores"])
     ranked = rank_heads(icl, ft, zsl)[:top]

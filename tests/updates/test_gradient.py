@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from dataclasses import replace
 
@@ -331,6 +332,7 @@ def test_folded_weights_are_warned_about(shape, method):
         METHODS[method](model, make_demonstrations(1), lr=LR)
 
 
+@pytest.mark.skipif("CHECK_SHAPES" in os.environ, reason="the checks stand between a caller and what is called")
 @both_methods
 def test_the_warning_points_at_the_callers_line(method):
     model = make_model("folded")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iclgd_lens.checks import require_count
 from iclgd_lens.draws import pick
 from iclgd_lens.models.bundled.language import (
     BOS,
@@ -57,8 +58,7 @@ def train_bundled(
     Raises:
         ValueError: If `steps` is not positive.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    require_count("steps", steps)
     rng = random.Random(f"training/{seed}")
     model = build_learner(device)
     draw_weights(model, torch.Generator().manual_seed(seed))

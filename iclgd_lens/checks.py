@@ -1,0 +1,60 @@
+"""Checks of arguments, in one wording: an error names the argument, what is allowed, and what was given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+from jaxtyping import Num
+from torch import Tensor
+
+
+def require_one_of(name: str, given: object, allowed: Sequence[str]) -> None:
+    """Check that an argument is one of several words.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if given not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {given!r}")
+
+
+def require_some_of(name: str, given: Sequence[str], allowed: Sequence[str]) -> None:
+    """Check that an argument names only what is known.
+
+    Raises:
+        ValueError: If it does not, with the first name that is unknown.
+    """
+    if unknown := [each for each in given if each not in allowed]:
+        raise ValueError(f"{name} must be some of {', '.join(allowed)}; got {unknown[0]!r}")
+
+
+def require_count(name: str, given: object) -> None:
+    """Check that an argument is a whole number of at least 1.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(given, Integral) or given < 1:
+        raise ValueError(f"{name} must be at least 1, got {given!r}")
+
+
+def require_positive(name: str, given: object) -> None:
+    """Check that an argument is a finite number above 0.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(given, Real) or not math.isfinite(given) or given <= 0:
+        raise ValueError(f"{name} must be a number, finite and above 0; got {given!r}")
+
+
+def require_finite(name: str, given: Num[Tensor, "*shape"]) -> None:
+    """Check that every entry of a tensor is finite.
+
+    Raises:
+        ValueError: If one is not, with how many are not.
+    """
+    if not bool(given.isfinite().all()):
+        raise ValueError(f"{name} has {int((~given.isfinite()).sum())} of {given.numel()} entries that are not finite")
