@@ -7,17 +7,12 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from iclgd_lens import Comparison, Protocol, compare, figures, load_task, reproduce, write_figures
+from iclgd_lens.views.figures import Drawn
 from iclgd_lens.views.kernel_plots import HEAD_METRICS, head_figure
 
 PAPER = {"figure2", "figure3", "figure4"}
 HEADS = {f"heads_{metric}" for metric in HEAD_METRICS}
 KERNEL_HEADS = HEADS - {"heads_sim_am", "heads_sim_am_delta"}
-
-
-@pytest.fixture(scope="module")
-def with_kernels(bundled, twin) -> Comparison:
-    episode = load_task("bundled/remapped").episode(bundled, k=3, n_queries=4, seed=0)
-    return compare(bundled, episode, lr=0.1, untrained=twin, kernels=True)
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +22,13 @@ def plain(bundled) -> dict[int, Comparison]:
     return {k: compare(bundled, episode, lr=0.1) for k, episode in episodes.items()}
 
 
-def test_kernel_views_add_figures_of_their_own(with_kernels, plain):
+@pytest.fixture(scope="module")
+def drawn(with_kernels) -> dict[str, Drawn]:
+    return figures(with_kernels.frames)
+
+
+def test_kernel_views_add_figures_of_their_own(with_kernels, plain, drawn):
     assert set(figures(plain[2].frames)) == {*PAPER, "trajectories", *HEADS} - KERNEL_HEADS
-    drawn = figures(with_kernels.frames)
     assert set(drawn) == {*PAPER, "trajectories", "smoothing", *HEADS}
     assert all(drawn[f"heads_{metric}"].figure == head_figure(with_kernels.heads, metric) for metric in HEAD_METRICS)
 
@@ -53,16 +52,15 @@ def test_accuracy_by_k_is_drawn_where_a_draw_has_several(plain):
     assert "accuracy_by_k" in figures(frames | {"frame": varied})
 
 
-def test_rows_are_of_true_updates(with_kernels):
+def test_rows_are_of_true_updates(with_kernels, drawn):
     assert "random" in set(with_kernels.frame["control"])
-    for name, (_, rows) in figures(with_kernels.frames).items():
+    for name, (_, rows) in drawn.items():
         assert set(rows["control"]) == {"none"}
         assert set(rows["model"]) == ({"trained"} if name in ("figure2", "figure4") else {"trained", "untrained"})
 
 
-def test_what_is_written_are_pages_and_the_rows_that_are_drawn(with_kernels, tmp_path):
+def test_what_is_written_are_pages_and_the_rows_that_are_drawn(with_kernels, drawn, tmp_path):
     assert write_figures(with_kernels.frames, tmp_path, pictures=False) == ""
-    drawn = figures(with_kernels.frames)
     assert {path.name for path in tmp_path.glob("*.html")} == {f"{name}.html" for name in drawn}
     written = pd.read_csv(tmp_path / "heads_sim_am.csv")
     assert_frame_equal(written, drawn["heads_sim_am"].rows.reset_index(drop=True), check_dtype=False)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from plotly import graph_objects as go
 
 from iclgd_lens import Comparison, compare, load_task, summarise
 from iclgd_lens.views.figure_style import COLOURS
@@ -24,59 +23,31 @@ from iclgd_lens.views.kernel_plots import (
     trajectory_rows,
 )
 from iclgd_lens.views.plots import layer_figure
+from tests.views.frames import TASKS, drawn_again, moments, of, place, titles, units
 
-TASKS = ("bundled/remapped", "bundled/natural")
 SEEDS = (0, 1)
 SERIES = {name: series for series, name in SERIES_NAMES.items()}
 
 
 @pytest.fixture(scope="module")
-def found(bundled, twin) -> Comparison:
+def found(with_kernels) -> Comparison:
     """Two tasks, two draws and a twin, with what no figure shows: a control and, in one draw, a second order."""
-    episodes = [load_task(task).episode(bundled, k=3, n_queries=4, seed=seed) for task in TASKS for seed in SEEDS]
-    episodes.append(episodes[0].reordered(1))
-    return Comparison.concatenated([compare(bundled, each, lr=0.1, untrained=twin, kernels=True) for each in episodes])
+    draws = [{"task": task, "seed": seed} for task in TASKS for seed in SEEDS] + [{"task": TASKS[0], "seed": SEEDS[0], "order": 1}]
+    return Comparison.concatenated([drawn_again(with_kernels, number, **about) for number, about in enumerate(draws)])
 
 
 @pytest.fixture(scope="module")
 def by_k(bundled, twin) -> pd.DataFrame:
-    """Two tasks, the second with one k alone; in the first, the larger k comes first."""
-    drawn = {TASKS[0]: (4, 2), TASKS[1]: (3,)}
-    episodes = [load_task(t).episode(bundled, k=k, n_queries=6, seed=seed) for t, ks in drawn.items() for k in ks for seed in SEEDS]
-    return pd.concat([compare(bundled, each, lr=0.1, untrained=twin).frame for each in episodes], ignore_index=True)
+    """Two tasks, the second with one k alone; in the first, the larger k comes first; without kernel views."""
+    drawn = [(TASKS[0], 4), (TASKS[0], 2), (TASKS[1], 3)]
+    one = compare(bundled, load_task(TASKS[0]).episode(bundled, k=4, n_queries=6, seed=0), lr=0.1, untrained=twin)
+    draws = [{"task": task, "k": k, "seed": seed} for task, k in drawn for seed in SEEDS]
+    return pd.concat([drawn_again(one, number, **about).frame for number, about in enumerate(draws)], ignore_index=True)
 
 
 @pytest.fixture(params=[TASKS, TASKS[1:]], ids=["two_tasks", "one_task"])
 def tasks(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return request.param
-
-
-def of(frame: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:
-    return frame[frame["task"].isin(tasks)]
-
-
-def moments(frame: pd.DataFrame, **where: Any) -> tuple[float, float]:
-    """Mean and sd over draws of what is left of a frame, each draw averaged first."""
-    if "subset" in frame:
-        where["subset"] = "all"
-    for column, wanted in {"control": "none", **where}.items():
-        frame = frame[frame[column] == wanted]
-    per_draw = [frame[frame["seed"] == seed]["value"].mean() for seed in frame["seed"].unique()]
-    return float(np.mean(per_draw)), float(np.std(per_draw, ddof=1))
-
-
-def place(trace: Any) -> int:
-    """The number of a trace's subplot, from 0, row by row."""
-    return int((trace.xaxis or "x")[1:] or 1) - 1
-
-
-def titles(figure: go.Figure) -> list[str]:
-    return [annotation.text for annotation in figure.layout.annotations]
-
-
-def units(figure: go.Figure) -> list[str]:
-    """What stands beside the first panel of every row."""
-    return [axis.title.text for axis in figure.select_yaxes(col=1)]
 
 
 def series_and_model(trace: Any) -> tuple[str, str]:
@@ -128,10 +99,10 @@ def test_heat_maps_are_means_over_draws_head_by_head(found: Comparison, tasks: t
     for trace in figure.data:
         task, method = tasks[place(trace) // len(methods)], methods[place(trace) % len(methods)]
         assert (list(trace.y), list(trace.x)) == ([0, 1, 2, 3], [0, 1, 2, 3])
-        about = {"task": task, "metric": metric, "method": method, "model": model}
+        shown = heads[(heads["task"] == task) & (heads["metric"] == metric) & (heads["model"] == model)]
         for layer in range(4):
             for head in range(4):
-                mean, sd = moments(heads, **about, layer=layer, head=head)
+                mean, sd = moments(shown, method=method, layer=layer, head=head)
                 assert trace.z[layer][head] == pytest.approx(mean, abs=1e-9)
                 assert trace.customdata[layer][head] == pytest.approx(sd, abs=1e-9)
     names = [{"icl": "ICL", "gd": "GD", "lcgd": "LCGD"}[method] for method in methods]

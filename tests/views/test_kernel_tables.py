@@ -3,13 +3,13 @@
 import pandas as pd
 import pytest
 
-from iclgd_lens import compare, summarise, untrained_twin
+from iclgd_lens import summarise
 from iclgd_lens.views.kernel_tables import kernel_tables, kernel_verdict
 
 
 @pytest.fixture(scope="module")
-def frame(bundled, episode) -> pd.DataFrame:
-    return compare(bundled, episode, lr=0.1, untrained=untrained_twin(bundled), controls=(), kernels=True).frame
+def frame(with_kernels) -> pd.DataFrame:
+    return with_kernels.frame
 
 
 def mean(frame: pd.DataFrame, method: str, metric: str, control: str = "none", model: str = "trained") -> float:

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from plotly import graph_objects as go
 
-from iclgd_lens import Comparison, compare, load_task
+from iclgd_lens import Comparison, load_task
 from iclgd_lens.experiments.learning_rate import similarity_by_rate
 from iclgd_lens.views.figure_style import COLOURS, shown_text, shown_texts, tick_step
 from iclgd_lens.views.plots import SIMILARITIES, alpha_figure, gradient_figure, layer_figure, rate_figure
+from tests.views.frames import TASKS, drawn_again, moments, of, place, titles, units
 
-TASKS = ("bundled/remapped", "bundled/natural")
 SEEDS = (0, 1, 2)
 RATES = (0.01, 0.1)
 
@@ -39,11 +38,10 @@ def test_names_are_shown_letter_by_letter_and_no_longer_than_there_is_room():
 
 
 @pytest.fixture(scope="module")
-def found(bundled, twin) -> Comparison:
+def found(with_kernels) -> Comparison:
     """Two tasks, three draws and a twin, with what no figure shows: a control and, in one draw, a second order."""
-    episodes = [load_task(task).episode(bundled, k=3, n_queries=4, seed=seed) for task in TASKS for seed in SEEDS]
-    episodes.append(episodes[0].reordered(1))
-    return Comparison.concatenated([compare(bundled, episode, lr=0.1, untrained=twin) for episode in episodes])
+    draws = [{"task": task, "seed": seed} for task in TASKS for seed in SEEDS] + [{"task": TASKS[0], "seed": SEEDS[0], "order": 1}]
+    return Comparison.concatenated([drawn_again(with_kernels, number, **about) for number, about in enumerate(draws)])
 
 
 @pytest.fixture(scope="module")
@@ -55,32 +53,6 @@ def curve(bundled) -> pd.DataFrame:
 @pytest.fixture(scope="module", params=[TASKS, TASKS[1:]], ids=["two_tasks", "one_task"])
 def tasks(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return request.param
-
-
-def of(frame: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:
-    return frame[frame["task"].isin(tasks)]
-
-
-def moments(frame: pd.DataFrame, **where: Any) -> tuple[float, float]:
-    """Mean and sd over draws of what is left of a frame, each draw averaged first."""
-    for column, wanted in {"control": "none", "subset": "all", **where}.items():
-        frame = frame[frame[column] == wanted]
-    per_draw = [frame[frame["seed"] == seed]["value"].mean() for seed in frame["seed"].unique()]
-    return float(np.mean(per_draw)), float(np.std(per_draw, ddof=1))
-
-
-def place(trace: Any) -> int:
-    """The number of a trace's subplot, from 0, row by row."""
-    return int((trace.xaxis or "x")[1:] or 1) - 1
-
-
-def titles(figure: go.Figure) -> list[str]:
-    return [annotation.text for annotation in figure.layout.annotations]
-
-
-def units(figure: go.Figure) -> list[str]:
-    """What stands beside the first panel of every row."""
-    return [axis.title.text for axis in figure.select_yaxes(col=1)]
 
 
 def test_alpha_bars_are_means_over_draws_and_their_errors_sds(found: Comparison, tasks: tuple[str, ...]):

@@ -9,31 +9,30 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from iclgd_lens import Protocol, attention_example, compare, gd, lcgd, load_task, reproduce, untrained_twin
+from iclgd_lens import Protocol, attention_example, gd, lcgd, load_task, reproduce
 from iclgd_lens.experiments.comparison import Comparison
 from iclgd_lens.experiments.folder import RunFolder, write_frames, write_setting
 from iclgd_lens.views.circuits import in_script, page
 from iclgd_lens.views.figures import figures
+from iclgd_lens.views.plots import SIMILARITIES
 from iclgd_lens.views.report import EXAMPLE, sheets, summary, write_report
 from tests.pages import opened
+from tests.views.frames import drawn_again
 from tests.views.test_attention import MARKUP, with_markup
 
 
 @pytest.fixture(scope="module")
-def folder(bundled, tmp_path_factory) -> Path:
-    """A comparison of two episodes with kernel views."""
-    out, task = tmp_path_factory.mktemp("run"), load_task("bundled/remapped")
-    episodes = [task.episode(bundled, k=4, n_queries=6, seed=seed) for seed in range(2)]
-    twins = [untrained_twin(bundled, seed=seed) for seed in range(2)]
-    pairs = zip(episodes, twins, strict=True)
-    found = [compare(bundled, episode, untrained=twin, lr=0.1, kernels=True) for episode, twin in pairs]
-    write_frames(out, Comparison.concatenated(found).frames)
+def folder(bundled, with_kernels, tmp_path_factory) -> Path:
+    """A comparison of two draws with kernel views."""
+    out = tmp_path_factory.mktemp("run")
+    write_frames(out, Comparison.concatenated([with_kernels, drawn_again(with_kernels, 1, seed=1)]).frames)
     write_setting(out, bundled, "bundled", {"command": "kernels", "lr": 0.1})
-    demonstrations = episodes[0].demonstrations
-    updates = {"gd": gd(bundled, demonstrations, lr=0.1), "lcgd": lcgd(bundled, demonstrations, lr=0.1)}
-    attention_example(bundled, episodes[0], updates, range(3)).save(out / EXAMPLE)
+    episode = load_task("bundled/remapped").episode(bundled, k=3, n_queries=4, seed=0)
+    updates = {name: make(bundled, episode.demonstrations, lr=0.1) for name, make in (("gd", gd), ("lcgd", lcgd))}
+    attention_example(bundled, episode, updates, range(3)).save(out / EXAMPLE)
     return out
 
 
@@ -51,7 +50,7 @@ def test_the_summary_quotes_the_frame(run):
     text = " ".join(summary(run))
     frame = run.frames["frame"]
     right = frame[(frame["metric"] == "accuracy") & (frame["model"] == "trained") & (frame["method"] == "icl")]["value"].mean()
-    assert "iclgd kernels: 2 draws of 4 demonstrations and 6 queries, on bundled (4 layers of 4 heads" in text
+    assert "iclgd kernels: 2 draws of 3 demonstrations and 4 queries, on bundled (4 layers of 4 heads" in text
     assert "FT by LCGD on bundled/remapped 0.1" in text
     assert f"ICL {right:.2f}" in text
     assert text.count("LCGD − GD") == 2
@@ -71,7 +70,7 @@ def test_the_summary_is_about_true_updates(run):
 def test_draws_of_several_tasks_are_counted_task_by_task(run):
     frame = run.frames["frame"]
     two = pd.concat([frame, frame.assign(task="other")], ignore_index=True)
-    assert next(iter(summary(replace(run, frames=run.frames | {"frame": two})))).startswith("iclgd kernels: 4 draws of 4 demon")
+    assert next(iter(summary(replace(run, frames=run.frames | {"frame": two})))).startswith("iclgd kernels: 4 draws of 3 demon")
 
 
 def test_updates_that_diverged_are_named(run):
@@ -125,7 +124,7 @@ def test_the_page_is_drawn_offline(chromium, run, written, width):
             height = figures.nth(number).evaluate("place => place.layout.height")
             assert figures.nth(number).bounding_box()["height"] == box["height"] == height > 300
         assert shown.locator("table").count() == written.read_text().count("<thead>")
-        assert shown.locator(".iclgd-tokens .colored-tokens").count() == 3 * 4
+        assert shown.locator(".iclgd-tokens .colored-tokens").count() == 3 * 3
         before = shown.locator(".iclgd-table").inner_html()
         for name, option in (("query", "2"), ("layer", "0"), ("head", "3")):
             shown.select_option(f"select[name={name}]", option)
@@ -177,15 +176,21 @@ OVERLAPS = """
 """
 
 
-@pytest.mark.parametrize("width", [1280, 700])
-def test_texts_lie_within_their_figures_and_apart(chromium, run, tmp_path, width):
-    """Of six tasks with names far too long, and two twins."""
+@pytest.fixture(scope="module")
+def crowded(run) -> dict[str, go.Figure]:
+    """The figures of six tasks with names far too long, and of two twins."""
     frames = {}
     for name, frame in run.frames.items():
         frame = pd.concat([frame, frame[frame["model"] == "untrained"].assign(model="untrained, ln kept")])
         frames[name] = pd.concat([frame.assign(task=f"task {task} whose name nobody thought about") for task in range(6)])
-    frames["curve"] = pd.concat([frames["frame"].assign(lr=lr) for lr in (0.0001, 0.001, 0.01, 0.1)])
-    written = {name: drawn.figure.update_layout(width=width - 60) for name, drawn in figures(frames).items()}
+    of_curve = frames["frame"][frames["frame"]["metric"].isin([*SIMILARITIES, "accuracy"])]
+    frames["curve"] = pd.concat([of_curve.assign(lr=lr) for lr in (0.0001, 0.001, 0.01, 0.1)])
+    return {name: drawn.figure for name, drawn in figures(frames).items()}
+
+
+@pytest.mark.parametrize("width", [1280, 700])
+def test_texts_lie_within_their_figures_and_apart(chromium, crowded, tmp_path, width):
+    written = {name: go.Figure(figure).update_layout(width=width - 60) for name, figure in crowded.items()}
     assert {"learning_rate", "trajectories", "heads_contribution_inner_kendall"} <= set(written)
     bodies = [figure.to_html(include_plotlyjs=False, full_html=False) for figure in written.values()]
     (tmp_path / "figures.html").write_text(page("figures", f"<script>{in_script(get_plotlyjs())}</script>{''.join(bodies)}"))
