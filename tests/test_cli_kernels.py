@@ -15,9 +15,17 @@ def small(folder, *more: str):
     return run("kernels", "--episodes", "1", "--k", "3", "--queries", "4", "--device", "cpu", "--out", str(folder), *more)
 
 
-def test_kernels_prints_its_tables_and_writes_them(tmp_path):
-    result = small(tmp_path / "out")
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The command with its defaults, and its folder."""
+    folder = tmp_path_factory.mktemp("kernels") / "out"
+    result = small(folder)
     assert result.exit_code == 0, result.output
+    return result, folder
+
+
+def test_kernels_prints_its_tables_and_writes_them(ran):
+    result, folder = ran
     for expected in (
         "λ, twin",
         "τ random",
@@ -28,10 +36,10 @@ def test_kernels_prints_its_tables_and_writes_them(tmp_path):
         "majority",
     ):
         assert expected in result.output
-    frame = pd.read_parquet(tmp_path / "out" / "frame.parquet")
+    frame = pd.read_parquet(folder / "frame.parquet")
     assert {"trained", "untrained"} == set(frame["model"])
     assert set(frame["lr"].dropna()) == {0.3}
-    tables = tmp_path / "out" / "tables"
+    tables = folder / "tables"
     assert {path.suffix for path in tables.iterdir()} == {".md", ".tex", ".csv"}
     assert (tables / "kernels_tangent.md").is_file()
 
@@ -75,13 +83,10 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bridge_gives_the_numbers_of_a_hooked_transformer(tmp_path):
-    require_hooked_transformer()
-    frames = []
-    for backend in ("hooked", "bridge"):
-        assert small(tmp_path / backend, "--backend", backend).exit_code == 0
-        frames.append(pd.read_parquet(tmp_path / backend / "frame.parquet"))
-    first, second = frames
+def test_a_bridge_gives_the_numbers_of_a_hooked_transformer(ran, tmp_path):
+    require_hooked_transformer()  # which the default is then
+    assert small(tmp_path, "--backend", "bridge").exit_code == 0
+    first, second = (pd.read_parquet(folder / "frame.parquet") for folder in (ran[1], tmp_path))
     described = [name for name in first if first[name].dtype == object and not name.endswith("digest")]
     assert first[described].equals(second[described])
     kendall = first["metric"].str.contains("kendall|top_k|agreement")

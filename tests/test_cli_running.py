@@ -57,11 +57,11 @@ def test_episodes_that_were_done_are_kept_when_a_later_one_fails_and_no_report_o
     assert not {"setting.json", "attention.json", "report.html"} & {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("twins", [False, True])
-def test_progress_ends_at_the_total_that_was_announced(bundled, monkeypatch, tmp_path, twins):
+@pytest.mark.parametrize(("twins", "kernels"), [(False, True), (True, False)])
+def test_progress_ends_at_the_total_that_was_announced(bundled, monkeypatch, tmp_path, twins, kernels):
     progress = Progress(disable=True)
     monkeypatch.setattr(running, "progress_bar", lambda: progress)
-    compare_episodes(bundled, TASK, tmp_path, seeds=(0,), twins=twins, kernels=True, **SMALL)
+    compare_episodes(bundled, TASK, tmp_path, seeds=(0,), twins=twins, kernels=kernels, **SMALL)
     (bar,) = progress.tasks
     assert bar.completed == bar.total > 0
 

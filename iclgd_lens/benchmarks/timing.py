@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from iclgd_lens.checks import require_count
 
@@ -139,13 +140,8 @@ def fit_exponent(sizes: Sequence[float], costs: Sequence[float]) -> Exponent:
         raise ValueError(f"an exponent wants at least two different sizes and as many costs; got {len(sizes)} and {len(costs)}")
     if min(*sizes, *costs) <= 0:
         raise ValueError("sizes and costs must be positive")
-    x, y = np.log(sizes), np.log(costs)
-    x_centred, y_centred = x - x.mean(), y - y.mean()
-    slope = float(x_centred @ y_centred / (x_centred @ x_centred))
-    residuals = y_centred - slope * x_centred
-    freedom = len(x) - 2
-    error = math.sqrt(residuals @ residuals / freedom / (x_centred @ x_centred)) if freedom else math.nan
-    return Exponent(round(slope, 12), error)
+    fit = stats.linregress(np.log(sizes), np.log(costs))
+    return Exponent(round(float(fit.slope), 12), float(fit.stderr) if len(sizes) > 2 else math.nan)
 
 
 def _measure(work: Callable[[], Any], device: str | torch.device) -> _Run:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from iclgd_lens.cli.common import Device, DType, console, errors_for_people, require_writable
+from iclgd_lens.cli.common import Device, DType, console, errors_for_people, require_writable, say
 
 
 def bench(
@@ -53,7 +53,7 @@ def bench(
         if threads is not None:
             torch.set_num_threads(threads)
         if model in NEEDS_GPU and parse_device(device) == "cpu":
-            console.print(f"{model}: no GPU", markup=False)
+            say(f"{model}: no GPU")
             return
         if growth + dtypes + bool(grid) > 1:
             raise ValueError("--growth, --dtypes and --grid are measured apart; give one of them")
@@ -74,7 +74,7 @@ def bench(
             )
         write_frame(frame, out)
     console.print(benchmark_table(frame).rich())
-    console.print(f"Results: {out}", soft_wrap=True, markup=False)
+    say(f"Results: {out}")
 
 
 def _growth(repeats: int, device: str | None, out: Path) -> None:
@@ -89,7 +89,7 @@ def _growth(repeats: int, device: str | None, out: Path) -> None:
     console.print(growth_table(frame).rich())
     console.print(graph_table(graphs).rich())
     console.print(capture_table(captures).rich())
-    console.print(f"Results: {out}", soft_wrap=True, markup=False)
+    say(f"Results: {out}")
 
 
 def _dtypes(device: str | None, out: Path) -> None:
@@ -100,7 +100,7 @@ def _dtypes(device: str | None, out: Path) -> None:
         frame = dtype_agreement(device=device, on_dtype=lambda name: status.update(Text(f"measuring {name}")))
         write_frame(frame, out)
     console.print(precision_table(frame).rich())
-    console.print(f"Results: {out}", soft_wrap=True, markup=False)
+    say(f"Results: {out}")
 
 
 def _sweeps(sizes: list[int], out: Path) -> None:
@@ -116,4 +116,4 @@ def _sweeps(sizes: list[int], out: Path) -> None:
     table = sweep_table(costs)
     write_frame(table.numbers, out)
     console.print(table.rich())
-    console.print(f"Results: {out}", soft_wrap=True, markup=False)
+    say(f"Results: {out}")

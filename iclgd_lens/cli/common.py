@@ -71,6 +71,11 @@ def require_writable(file: Path, instead: str = "give a place that can be writte
         raise PermissionError(f"cannot write {file}: no permission to write in {nearest}; {instead}")
 
 
+def say(text: str) -> None:
+    """Print a line as it is: whole, since a path that is folded cannot be copied, and with nothing in it read as markup."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
 def progress_bar(*more: ProgressColumn) -> Progress:
     """A bar that is gone when the work is done, with more columns before the time that is left."""
     return Progress(

@@ -15,6 +15,7 @@ from iclgd_lens.cli.common import (
     errors_for_people,
     parse_k,
     require_writable,
+    say,
 )
 from iclgd_lens.draws import MOST_SEED
 from iclgd_lens.views.names import counted, listed
@@ -46,16 +47,13 @@ def demo(
         count = parse_k(k)
         require_writable(out / "frame.parquet")
         with console.status("loading torch, TransformerLens and the bundled model"):
-            import torch
-
-            from iclgd_lens.cli.running import close_run, compare_episodes
+            from iclgd_lens.cli.running import close_run, compare_episodes, use_threads_for
             from iclgd_lens.data.registry import load_task
             from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
             from iclgd_lens.models.loading import load_model
             from iclgd_lens.views.tables import comparison_tables, verdict
 
-            # The bundled model is so small that threads cost more than they bring.
-            torch.set_num_threads(1)
+            use_threads_for("bundled")
             model = load_model("bundled", device=device)
             drawn = load_task(task)
         seeds = range(seed, seed + episodes)
@@ -81,7 +79,7 @@ def demo(
     console.print()
     for sheet in comparison_tables(frame):
         console.print(sheet.rich())
-    console.print(f"Tidy results, {len(frame)} rows: {out / 'frame.parquet'}", soft_wrap=True, markup=False)
+    say(f"Tidy results, {len(frame)} rows: {out / 'frame.parquet'}")
     with errors_for_people():
         options = {**UPDATE_OPTIONS, "loss_on": loss_on, "readout": readout}
         run = {"command": "demo", "task": task, "k": k, "episodes": episodes, "queries": queries, "lr": lr, "seed": seed}

@@ -20,6 +20,7 @@ from iclgd_lens.cli.common import (
     errors_for_people,
     parse_k,
     require_writable,
+    say,
 )
 from iclgd_lens.draws import MOST_SEED
 from iclgd_lens.views.names import counted, listed
@@ -54,7 +55,7 @@ def kernels(
         with console.status("loading torch and TransformerLens"):
             import torch
 
-            from iclgd_lens.cli.running import close_run, compare_episodes
+            from iclgd_lens.cli.running import close_run, compare_episodes, use_threads_for
             from iclgd_lens.data.registry import load_task
             from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
             from iclgd_lens.kernels.constructed import positive_control
@@ -64,9 +65,7 @@ def kernels(
             from iclgd_lens.views.sheets import write_sheets
         drawn = load_task(task, data)
         rate = _rate(lr, task)
-        if model == "bundled":
-            # So small that threads cost more than they bring.
-            torch.set_num_threads(1)
+        use_threads_for(model)
         with console.status(Text(f"loading the model {model}")):
             loaded = load_model(model, backend=backend, device=device, dtype=getattr(torch, dtype))
         found = compare_episodes(
@@ -105,14 +104,9 @@ def kernels(
     except NoHookedTransformerError as error:
         answer = f"not checked; {error}."
     console.print(f"Known answer: {answer}", markup=False)
-    console.print(
-        f"Tidy results, {len(frame)} rows: {out / 'frame.parquet'}; tables as Markdown, LaTeX and CSV: {out / 'tables'}",
-        soft_wrap=True,
-        markup=False,
-    )
+    say(f"Tidy results, {len(frame)} rows: {out / 'frame.parquet'}; tables as Markdown, LaTeX and CSV: {out / 'tables'}")
     if len(diverged):
-        first = diverged["problem"].iloc[0]
-        console.print(f"Updates that diverged: {len(diverged)}. The first: {first}", soft_wrap=True, markup=False)
+        say(f"Updates that diverged: {len(diverged)}. The first: {diverged['problem'].iloc[0]}")
     with errors_for_people():
         run: dict[str, Any] = {"command": "kernels", "task": task, "data": None if data is None else str(data), "k": k}
         run |= {"episodes": episodes, "queries": queries, "lr": rate, "twins": twins, "seed": seed}

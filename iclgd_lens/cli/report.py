@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from iclgd_lens.cli.common import console, errors_for_people, require_writable
+from iclgd_lens.cli.common import console, errors_for_people, require_writable, say
 
 
 def report(
@@ -23,4 +23,4 @@ def report(
         from iclgd_lens.views.sweep_report import write_sweep_report
 
         path = write_sweep_report(run) if SweepFolder(run).is_one() else write_report(RunFolder.read(run))
-    console.print(f"Report: {path}", soft_wrap=True, markup=False)
+    say(f"Report: {path}")

@@ -23,6 +23,7 @@ from iclgd_lens.cli.common import (
     parse_k,
     progress_bar,
     require_writable,
+    say,
 )
 from iclgd_lens.draws import MOST_SEED
 
@@ -91,7 +92,7 @@ def reproduce(
         with console.status("loading torch and TransformerLens"):
             import torch
 
-            from iclgd_lens.cli.running import close_run
+            from iclgd_lens.cli.running import close_run, use_threads_for
             from iclgd_lens.data.registry import BUNDLED_TASKS, PAPER_TASKS
             from iclgd_lens.experiments import reproduce as running
             from iclgd_lens.experiments.drawing import draw_to_report, load_tasks
@@ -119,9 +120,7 @@ def reproduce(
             options={**UPDATE_OPTIONS, "loss_on": loss_on, "readout": readout},
         )
         protocol.require_tasks()
-        if model == "bundled":
-            # So small that threads cost more than they bring.
-            torch.set_num_threads(1)
+        use_threads_for(model)
         with console.status(Text(f"loading the model {model}")):
             loaded = load_model(model, backend=backend, device=device, dtype=getattr(torch, dtype), process_weights=process_weights)
         name = shown_name(model)
@@ -161,20 +160,12 @@ def _show(results: Results, name: str, out: Path, pictures: bool) -> None:
         console.print(brief(sheet).rich())
     with console.status("drawing figures"):
         problem = write_figures(results.frames, out / "figures", pictures)
-    console.print(
-        f"Under {out}: tables/ (Markdown, LaTeX, CSV), figures/, setting.json, frame.parquet with {len(results.frame)} tidy rows.",
-        soft_wrap=True,
-        markup=False,
-    )
+    say(f"Under {out}: tables/ (Markdown, LaTeX, CSV), figures/, setting.json, frame.parquet with {len(results.frame)} tidy rows.")
     if problem:
-        console.print(problem, soft_wrap=True, markup=False)
+        say(problem)
     if diverged := len(results.problems):
         first = results.problems["problem"].iloc[0]
-        console.print(
-            f"Updates that diverged and have no rows: {diverged}, listed in problems.parquet. The first: {first}",
-            soft_wrap=True,
-            markup=False,
-        )
+        say(f"Updates that diverged and have no rows: {diverged}, listed in problems.parquet. The first: {first}")
 
 
 def _tasks(given: Sequence[str] | None, model: str, bundled: tuple[str, ...], paper: tuple[str, ...]) -> tuple[str, ...]:

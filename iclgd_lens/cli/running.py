@@ -6,13 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from iclgd_lens.cli.common import console, progress_bar
+from iclgd_lens.cli.common import console, progress_bar, say
 
 if TYPE_CHECKING:
     from iclgd_lens.data.episodes import Episode
     from iclgd_lens.data.tasks import Task
     from iclgd_lens.experiments.comparison import Comparison
     from iclgd_lens.models.hooked import HookedModel
+
+
+def use_threads_for(model: str) -> None:
+    """Leave torch a single thread for the bundled model, which is so small that more cost more than they bring."""
+    import torch
+
+    if model == "bundled":
+        torch.set_num_threads(1)
 
 
 def compare_episodes(
@@ -87,11 +95,11 @@ def close_run(
             try:
                 updates[method] = METHODS[method](model, episode.demonstrations, lr=lr, **options)
             except DivergedError as error:
-                console.print(f"The example of attention is without {method.upper()}: {error}", soft_wrap=True, markup=False)
+                say(f"The example of attention is without {method.upper()}: {error}")
         try:
             rows = range(queries_within(model, episode, len(updates)))
             attention_example(model, episode, updates, rows).save(out / EXAMPLE)
         except ValueError as error:  # the model's heads cannot be told apart
-            console.print(f"The report has no example of attention: {error}", soft_wrap=True, markup=False)
+            say(f"The report has no example of attention: {error}")
         report = write_report(RunFolder.read(out))
-    console.print(f"Report: {report}", soft_wrap=True, markup=False)
+    say(f"Report: {report}")

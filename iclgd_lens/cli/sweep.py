@@ -10,13 +10,13 @@ import typer
 from rich.progress import TextColumn
 from rich.text import Text
 
-from iclgd_lens.cli.common import console, errors_for_people, progress_bar, require_writable
+from iclgd_lens.cli.common import console, errors_for_people, progress_bar, require_writable, say
 from iclgd_lens.views.names import counted
 
 if TYPE_CHECKING:
     from iclgd_lens.experiments import sweep as sweeping
-    from iclgd_lens.experiments.estimate import Estimate
     from iclgd_lens.experiments.grid import Grid
+    from iclgd_lens.experiments.sweep_estimate import SweepEstimate
     from iclgd_lens.experiments.sweep_folder import SweepFolder
 
 MOST_SHOWN = 20
@@ -49,10 +49,10 @@ def sweep(
         with console.status("planning"):
             grid = Grid.of(read)
             plan = Plan.of(grid, folder)
-        _say(_shape(grid))
+        say(_shape(grid))
         for reason in plan.damaged.values():
-            _say(f"Damaged: {reason}; it is to be made anew.")
-        _say(f"In {out}: {len(plan.done)} done, {len(plan.failed)} failed, {len(plan.open)} to run.")
+            say(f"Damaged: {reason}; it is to be made anew.")
+        say(f"In {out}: {len(plan.done)} done, {len(plan.failed)} failed, {len(plan.open)} to run.")
         if dry_run:
             _show_cells(grid, plan)
             _show_estimate(grid, plan)
@@ -70,11 +70,9 @@ def sweep(
                 read, out, name=study.stem, plan=plan, retry_failed=retry_failed, wait=not detach, on_progress=on_progress
             )
         if detach:
-            _say(
-                f"{outcome.open} cells were handed in. The same command with --dry-run says how far they are; logs: {folder.jobs}."
-            )
+            say(f"{outcome.open} cells were handed in. The same command with --dry-run says how far they are; logs: {folder.jobs}.")
             return
-        _say(f"{outcome.done} cells made, {outcome.was_done} were there, {outcome.failed} failed.")
+        say(f"{outcome.done} cells made, {outcome.was_done} were there, {outcome.failed} failed.")
         _show_failures(folder, grid)
         _show_results(out, study.stem)
     if outcome.failed:
@@ -103,30 +101,30 @@ def _show_cells(grid: Grid, plan: sweeping.Plan) -> None:
     wanted = frozenset(plan.open)
     found = [(group, cell) for group in grid.groups for cell in group.cells if cell.digest in wanted]
     for (method, control), n in Counter((cell.method, cell.control) for _, cell in found).items():
-        _say(f"  {n} × {method}{'' if control is None else f', {control}'}")
+        say(f"  {n} × {method}{'' if control is None else f', {control}'}")
     for group, cell in found[:MOST_SHOWN]:
-        _say(f"  {cell.digest}  {group.about}: {cell.about}")
+        say(f"  {cell.digest}  {group.about}: {cell.about}")
     if len(found) > MOST_SHOWN:
-        _say(f"  … and {len(found) - MOST_SHOWN} more")
+        say(f"  … and {len(found) - MOST_SHOWN} more")
 
 
 def _show_estimate(grid: Grid, plan: sweeping.Plan) -> None:
     import torch
 
-    from iclgd_lens.experiments.estimate import estimate
+    from iclgd_lens.experiments.sweep_estimate import estimate_sweep
     from iclgd_lens.experiments.sweep_worker import threads_of
 
     if threads := threads_of(grid.study):
         torch.set_num_threads(threads)  # as its workers do
     with console.status("running probes") as status:
-        found: Estimate = estimate(grid, plan.open, lambda about: status.update(Text(f"probe: {about}")))
+        found: SweepEstimate = estimate_sweep(grid, plan.open, lambda about: status.update(Text(f"probe: {about}")))
     for problem in found.problems:
-        _say(f"A probe failed: {problem}")
+        say(f"A probe failed: {problem}")
     if not found.probes:
         return
     workers = min(grid.study.executor.workers, len(grid.groups))
     held = f"{found.memory_bytes / 2**30:.1f} GiB {'of its GPU' if found.on_gpu else 'of memory'}"
-    _say(
+    say(
         f"From {found.probes} probes here: about {_duration(found.seconds)} of work, {_duration(found.seconds / workers)} for "
         f"{counted(workers, 'worker')} of such speed; {held} each; {found.file_bytes / 2**20:.1f} MiB of results."
     )
@@ -145,9 +143,9 @@ def _show_failures(folder: SweepFolder, grid: Grid) -> None:
     reasons = Counter(failure.reason for failure in failures)
     for reason, n in reasons.most_common(MOST_SHOWN):
         first = next(failure for failure in failures if failure.reason == reason)
-        _say(f"  {n} × {reason}\n    first: {first.about}")
+        say(f"  {n} × {reason}\n    first: {first.about}")
     if failures:
-        _say(f"Where each failed is in {folder.path / 'failed'}; --retry-failed runs them again.")
+        say(f"Where each failed is in {folder.path / 'failed'}; --retry-failed runs them again.")
 
 
 def _show_results(out: Path, study: str) -> None:
@@ -162,8 +160,4 @@ def _show_results(out: Path, study: str) -> None:
         console.print(sheet.rich())
     with console.status("writing the report"):
         report = write_sweep_report(out)
-    _say(f"Report: {report}")
-
-
-def _say(text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    say(f"Report: {report}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from iclgd_lens.cli.common import Device, console, errors_for_people, progress_bar, require_writable
+from iclgd_lens.cli.common import Device, console, errors_for_people, progress_bar, require_writable, say
 from iclgd_lens.draws import MOST_SEED
 
 
@@ -49,4 +49,4 @@ def train_bundled(
                 on_episode=lambda done, total: progress.update(bar, completed=done, total=total),
             )
     console.print(bundled_table(measured).rich())
-    console.print(f"Weights: {out}", soft_wrap=True, markup=False)
+    say(f"Weights: {out}")

@@ -15,7 +15,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from iclgd_lens.data.bundled import bundled_task
@@ -137,6 +137,7 @@ def load_task(name: str, data: str | Path | None = None) -> Task:
     Raises:
         ValueError: If there is no such task, or a file has a wrong column or label (the message names file, row and column).
         OSError: If a file is missing, or the hub cannot be reached and its cache does not hold the data set.
+        TypeError: If what another package registered under the name makes no task.
     """
     require_tasks([name])
     make = _MAKERS.get(name) or _entry_points()[name].load()
@@ -146,5 +147,5 @@ def load_task(name: str, data: str | Path | None = None) -> Task:
     return task if task.name == name else replace(task, name=name)
 
 
-def _entry_points() -> dict:
+def _entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}

@@ -101,6 +101,9 @@ class Task:
             model: Its tokenizer and context window are used.
             k: The number of demonstrations at most; those that are too long for the window by themselves are left out.
             seed: Seeds the draw.
+
+        Raises:
+            ValueError: If the task has too few rows, the model has no tokenizer, or the label words collide under it.
         """
         drawn = self._tokenised(model, k, 1, seed)
         fitting = tuple(each for each in drawn.demonstrations if len(each.tokens) <= model.cfg.n_ctx)

@@ -36,6 +36,9 @@ def claims(frame: pd.DataFrame) -> pd.DataFrame:
         One row per claim, metric, method, twin and task: `claim`, `metric`, `method`, `twin`, `task`, `mean` (of the difference,
         or of α), `low` and `high` (95 % t-interval over draws), `p` (paired t-test that a difference is zero; missing for α),
         `draws`, and `outcome` in words.
+
+    Raises:
+        ValueError: If values would be averaged over different options of the updates, such as learning rates within a task.
     """
     return pd.DataFrame([*_lcgd_above_gd(frame), *_twins_comparable(frame), *_alpha_small(frame)], columns=COLUMNS)
 

@@ -15,7 +15,7 @@ from iclgd_lens.models.hooked import HookedModel
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
+class SeedDraw:
     """What is run for one seed of a task.
 
     Attributes:
@@ -45,7 +45,7 @@ def tunes(protocol: Protocol) -> bool:
     return protocol.lr == "auto" or protocol.lr_curve
 
 
-def draw_to_report(protocol: Protocol, tasks: Mapping[str, Task], name: str, model: HookedModel) -> list[Draw]:
+def draw_to_report(protocol: Protocol, tasks: Mapping[str, Task], name: str, model: HookedModel) -> list[SeedDraw]:
     """Draw what is reported of a task: every seed, in every order.
 
     Raises:
@@ -60,7 +60,7 @@ def draw_to_report(protocol: Protocol, tasks: Mapping[str, Task], name: str, mod
         other = None if other_name is None else tasks[other_name].demonstrations(model, k=first.k, seed=seed)
         # A few demonstrations may have fewer orders than are wanted.
         orders = range(min(protocol.orders, math.factorial(first.k)))
-        draws.append(Draw(seed, tuple(first.reordered(order) for order in orders), other))
+        draws.append(SeedDraw(seed, tuple(first.reordered(order) for order in orders), other))
     return draws
 
 

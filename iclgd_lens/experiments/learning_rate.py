@@ -130,6 +130,9 @@ def similarity_by_rate(
         called: What the column `model` says of the model.
         on_run: Called after every method, rate and episode.
         options: As in `gd`: `loss_on`, `readout`, `schedule`, `epochs`, `parameters`.
+
+    Raises:
+        ValueError: As `capture`, `gd` and `lcgd` do, but for updates that diverge.
     """
     frames = []
     for episode in episodes:

@@ -27,7 +27,7 @@ embeddings, layer norms and unembedding, and its variant, which keeps layer norm
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """What is run of one task.
 
     Attributes:
@@ -138,11 +138,11 @@ class Protocol:
         """
         require_tasks([*self.tasks, *([self.other_task] if self.other_task else [])])
 
-    def plan(self, task: str) -> Plan:
+    def plan(self, task: str) -> TaskPlan:
         """What is run of a task, defaults filled in."""
         bundled = task in BUNDLED_TASKS
         seeds = self.seeds or (PAPER[task].seeds if task in PAPER else tuple(range(10 if bundled else 3)))
-        return Plan(
+        return TaskPlan(
             seeds=seeds,
             k=self.k or (12 if bundled else "fit"),
             n_queries=self.n_queries or (32 if bundled else 2000),

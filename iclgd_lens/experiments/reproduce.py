@@ -23,7 +23,7 @@ from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.cells import Cells, Frames, cell
 from iclgd_lens.experiments.compare import compare, n_runs
 from iclgd_lens.experiments.comparison import Comparison
-from iclgd_lens.experiments.drawing import Draw, draw_for_tuning, draw_to_report, load_tasks
+from iclgd_lens.experiments.drawing import SeedDraw, draw_for_tuning, draw_to_report, load_tasks
 from iclgd_lens.experiments.folder import FRAMES, write_frames
 from iclgd_lens.experiments.learning_rate import choose, search, similarity_by_rate
 from iclgd_lens.experiments.methods import Control, Method
@@ -142,7 +142,7 @@ class _Run:
     model_key: Mapping[str, Any]
     batch_size: int | None
     report: Callable[[int, str], None]
-    draws: Mapping[str, list[Draw]]
+    draws: Mapping[str, list[SeedDraw]]
     tuning: Mapping[str, list[Episode]]
 
     @property
@@ -243,16 +243,23 @@ class _Run:
                     "grid": protocol.grid,
                     "keep": TWINS.get(called),
                 }
-
-                def make(tick: Callable[[], None], subject: Any = subject, episode: Any = episode, method: Any = method) -> Frames:
-                    how = {**protocol.options, "batch_size": self.batch_size, "on_run": tick}
-                    return {"frame": measure(subject(), [episode], [method], protocol.grid, **how)}
-
                 where = f"{about}, seed {episode.seed}, {method}"
+                make = partial(self._measure, measure, subject, episode, method)
                 frames.append(self._cell(where, key, make, len(protocol.grid))["frame"])
         return pd.concat(frames, ignore_index=True)
 
-    def comparisons(self, draw: Draw, rates: Mapping[Method, float]) -> Iterator[Comparison]:
+    def _measure(
+        self,
+        measure: Callable[..., pd.DataFrame],
+        subject: Callable[[], HookedModel],
+        episode: Episode,
+        method: Method,
+        tick: Callable[[], None],
+    ) -> Frames:
+        how = {**self.protocol.options, "batch_size": self.batch_size, "on_run": tick}
+        return {"frame": measure(subject(), [episode], [method], self.protocol.grid, **how)}
+
+    def comparisons(self, draw: SeedDraw, rates: Mapping[Method, float]) -> Iterator[Comparison]:
         """The comparisons of the model and its twins on one draw, in every order; none if no method has a rate."""
         if not rates:
             self.report(len(draw.episodes) * self.runs_per_episode, "nothing to run")

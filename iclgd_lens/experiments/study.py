@@ -186,6 +186,10 @@ class Study(_Strict):
         data: The folder of local data, as in `load_task`.
         batch_size: As in `capture`; changes no result but by rounding.
         executor: Where it runs: `Local`, `Slurm` or `Debug`, by `kind`.
+
+    Raises:
+        ValueError: If a name is unknown, a number out of range, or something does not go together; all of it at once, as pydantic's
+            `ValidationError`.
     """
 
     models: Annotated[tuple[ModelChoice, ...], Several, Field(min_length=1)]

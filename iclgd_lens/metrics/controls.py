@@ -21,6 +21,9 @@ def random_update(ft: Activations, zsl: Activations, seed: int = 0) -> Activatio
         ft: The queries run under an update.
         zsl: The same zero-shot.
         seed: Seeds the directions; drawn on the CPU, so a seed means the same on every device.
+
+    Raises:
+        AttributeError: If `attn_out` or `query_scores` was not kept in one of the runs.
     """
     generator = torch.Generator().manual_seed(seed)
     real = {

@@ -88,6 +88,7 @@ def capture(
             memory and time, not the result.
 
     Raises:
+        TypeError: If the model is neither a `HookedTransformer` nor a `TransformerBridge`.
         ValueError: If there are no queries, their label words differ or are missing though asked for, the context is empty,
             begins with another BOS than the queries, or makes a prompt longer than the context window; if a token is not in the
             model's vocabulary; if `keep` names an unknown field or one that the run does not have; if `score_gradients` is to be

@@ -243,7 +243,11 @@ class ParameterUpdate:
             yield model
 
     def save(self, path: str | Path) -> None:
-        """Write the update to a safetensors file, whole or not at all."""
+        """Write the update to a safetensors file, whole or not at all.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         metadata = {
             "format": FILE_FORMAT,
             "settings": json.dumps(asdict(self.settings)),

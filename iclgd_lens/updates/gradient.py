@@ -79,8 +79,10 @@ def gd(
         The update in dual form: inputs in the model's dtype, errors and all sums in at least float32.
 
     Raises:
+        TypeError: If the model is neither a `HookedTransformer` nor a `TransformerBridge`.
         ValueError: If an option is unknown or does not fit another, there are no demonstrations, one is longer than the context
-            window.
+            window, has a token that is not in the model's vocabulary, or, with `readout="labels"`, a label that is not among
+            `label_tokens`.
         DivergedError: If the update becomes non-finite (the message names the demonstration and the layer).
         RuntimeError: If another thread is capturing this model, or has an update attached to it.
     """

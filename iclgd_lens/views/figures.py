@@ -34,7 +34,7 @@ from iclgd_lens.views.plots import (
     rate_rows,
 )
 
-Draw = Callable[[], go.Figure]
+MakeFigure = Callable[[], go.Figure]
 
 
 class Drawn(NamedTuple):
@@ -82,7 +82,7 @@ def write_figures(frames: Mapping[str, pd.DataFrame], folder: Path, pictures: bo
     return write_pictures({name: figure for name, (figure, _) in drawn.items()}, folder)[1]
 
 
-def _drawable(frames: Mapping[str, pd.DataFrame]) -> dict[str, tuple[pd.DataFrame, Draw]]:
+def _drawable(frames: Mapping[str, pd.DataFrame]) -> dict[str, tuple[pd.DataFrame, MakeFigure]]:
     """The rows of every figure that there is, and what draws it."""
     frame, gradients, heads = frames["frame"], frames["gradients"], frames["heads"]
     curve, rates = frames.get("curve", frame[:0]), frames.get("rates")
@@ -98,5 +98,5 @@ def _drawable(frames: Mapping[str, pd.DataFrame]) -> dict[str, tuple[pd.DataFram
     }
 
 
-def _of_heads(heads: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, Draw]:
+def _of_heads(heads: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, MakeFigure]:
     return head_rows(heads, metric), lambda: head_figure(heads, metric)

@@ -68,7 +68,8 @@ def smoothing_figure(frame: pd.DataFrame) -> go.Figure:
     """λ and the smoothing share of attention's change, layer by layer with error bars, untrained twins dotted (`decompose`).
 
     Raises:
-        ValueError: If the frame has neither, which needs `compare(..., kernels=True)`.
+        ValueError: If the frame has neither, which needs `compare(..., kernels=True)`, or values would be averaged over
+            different options of the updates, such as learning rates within a task.
     """
     chosen = some(smoothing_rows(frame), "λ (demonstration_mass) or the smoothing share, which compare(..., kernels=True) adds")
     by = ["task", "metric", "model", "layer"]
@@ -98,7 +99,8 @@ def head_figure(heads: pd.DataFrame, metric: str, method: str | None = None, mod
         model: Draw this model alone, such as `"untrained"`.
 
     Raises:
-        ValueError: If the frame is not one of heads, or has no such rows.
+        ValueError: If the frame is not one of heads or has no such rows, or values would be averaged over
+            different options of the updates, such as learning rates within a task.
     """
     chosen = some(head_rows(heads, metric, method, model), _sought(metric, method, model))
     shown = HEAD_METRICS.get(metric, HeadMetric(metric, "value"))
@@ -158,7 +160,8 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
     Functional GD is left out where the frame has none, which needs `compare(..., kernels=True)`.
 
     Raises:
-        ValueError: If the frame has no such probability, as label words share their first token.
+        ValueError: If the frame has no such probability, as label words share their first token, or values would be averaged over
+            different options of the updates, such as learning rates within a task.
     """
     chosen = some(trajectory_rows(frame), f"{LENS}, which needs label words that differ in their first token")
     series = chosen["method"].where(chosen["metric"] == LENS, "functional")
@@ -179,7 +182,8 @@ def k_figure(frame: pd.DataFrame) -> go.Figure:
     """Accuracy against the number of demonstrations: ZSL, ICL, finetuned by GD and by LCGD, untrained twins dotted.
 
     Raises:
-        ValueError: If the frame has no accuracy.
+        ValueError: If the frame has no accuracy, or values would be averaged over
+            different options of the updates, such as learning rates within a task.
     """
     chosen = some(k_rows(frame), "accuracy")
     by = ["task", "model", "method", "k"]

@@ -120,7 +120,7 @@ def table3(results: Results, model_name: str) -> Sheet:
             "model": model_name,
             "k": _span(of_task["k"]),
             "queries": _span(of_task["n_queries"]),
-            "seeds": _listed(protocol.plan(task).seeds),
+            "seeds": _seed_range(protocol.plan(task).seeds),
             "orders": of_task["order"].nunique(),
             **{f"lr {method}": float(rates.get(method, float("nan"))) for method in protocol.methods},
             "rates from": _rate_source(protocol, task, rates.tolist()),
@@ -282,7 +282,7 @@ def _span(values: pd.Series) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _listed(seeds: Sequence[int]) -> str:
+def _seed_range(seeds: Sequence[int]) -> str:
     if len(seeds) > 3 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
         return f"{seeds[0]} to {seeds[-1]}"
     return ", ".join(map(str, seeds))
@@ -292,7 +292,7 @@ def _rate_source(protocol: Protocol, task: str, rates: Sequence[float]) -> str:
     if protocol.lr == "auto":
         at_end = set(rates) & {min(protocol.grid), max(protocol.grid)}
         return (
-            f"FT accuracy, then loss, on seeds {_listed(protocol.plan(task).tuning_seeds)}"
+            f"FT accuracy, then loss, on seeds {_seed_range(protocol.plan(task).tuning_seeds)}"
             f"{', at an end of the grid' if at_end else ''}"
         )
     return "the paper" if protocol.lr == "paper" else "given"

@@ -35,7 +35,8 @@ def alpha_figure(frame: pd.DataFrame) -> go.Figure:
     """α per task, averaged over layers, of attention outputs and of attention scores (Figure 2).
 
     Raises:
-        ValueError: If the frame has no α, which needs both methods.
+        ValueError: If the frame has no α, which needs both methods, or values would be averaged over
+            different options of the updates, such as learning rates within a task.
     """
     chosen = some(alpha_rows(frame), "α")
     summary = summarise(chosen, by=["task", "metric"])
@@ -59,7 +60,8 @@ def layer_figure(frame: pd.DataFrame) -> go.Figure:
     """SimAOU and SimAM_Δ layer by layer with error bars, GD beside LCGD, untrained twins as dotted lines (Figure 3).
 
     Raises:
-        ValueError: If the frame has neither metric.
+        ValueError: If the frame has neither metric, or values would be averaged over
+            different options of the updates, such as learning rates within a task.
     """
     chosen = some(layer_rows(frame), "SimAOU or SimAM_Δ")
     by = ["task", "metric", "model", "method", "layer"]
@@ -107,7 +109,8 @@ def gradient_figure(gradients: pd.DataFrame) -> go.Figure:
     """ℓ2 norms of the gradients, layer by demonstration, GD beside LCGD, the latter on a log scale (Figure 4).
 
     Raises:
-        ValueError: If the frame has no gradients of the trained model.
+        ValueError: If the frame has no gradients of the trained model, or values would be averaged over
+            different options of the updates, such as learning rates within a task.
     """
     chosen = some(gradient_rows(gradients), "gradients of a trained model")
     refuse_pooling(chosen, ["task", "method"])
@@ -166,7 +169,8 @@ def rate_figure(curve: pd.DataFrame, rates: pd.DataFrame | None = None) -> go.Fi
         rates: The learning rates in use, with columns `task`, `method` and `lr`, to be marked.
 
     Raises:
-        ValueError: If the frame has none of the metrics.
+        ValueError: If the frame has none of the metrics, or values would be averaged over
+            different options of the updates, such as learning rates within a task.
     """
     metrics = (*SIMILARITIES, "accuracy")
     chosen = some(rate_rows(curve), "SimAOU, SimAM_Δ or accuracy")

@@ -24,7 +24,7 @@ PATIENCE = 20.0
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SweepEstimate:
     """What the open cells of a study will take.
 
     Attributes:
@@ -44,7 +44,7 @@ class Estimate:
     problems: tuple[str, ...]
 
 
-def estimate(grid: Grid, open_cells: Sequence[str], on_probe: Callable[[str], None] | None = None) -> Estimate:
+def estimate_sweep(grid: Grid, open_cells: Sequence[str], on_probe: Callable[[str], None] | None = None) -> SweepEstimate:
     """Run one cell of each kind on every model, and reckon from these.
 
     A model's probes are the first cells, one for every method, control and way of making updates, of its group with the most
@@ -84,7 +84,7 @@ def estimate(grid: Grid, open_cells: Sequence[str], on_probe: Callable[[str], No
                 seconds += took * _size(group) / largest[group.model]
     on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     memory = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident()
-    return Estimate(seconds, size, memory, on_gpu, len(cost), tuple(problems))
+    return SweepEstimate(seconds, size, memory, on_gpu, len(cost), tuple(problems))
 
 
 class _Probed(NamedTuple):
