@@ -1,4 +1,4 @@
-"""Two small tokenizers, trained on the fixtures' text: one that writes text as GPT-2's does, one as Llama's does."""
+"""Small tokenizers, trained on the fixtures' text: one that writes text as GPT-2's does, one as Llama's does, one without words."""
 
 import json
 from functools import cache
@@ -76,6 +76,29 @@ def llama_style() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(llama_backend()),
         unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@cache
+def wordless_backend() -> str:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    labelled = [f"{source.template} {word}" for source in SOURCES.values() for word in label_words(source)]
+    backend.train_from_iterator([*fixture_text(), *labelled * 20], trainer)
+    return backend.to_str()
+
+
+def wordless_style() -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose tokens reach over spaces and punctuation, from a template into a label word."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(wordless_backend()),
         bos_token="<s>",
         eos_token="</s>",
         clean_up_tokenization_spaces=False,

@@ -51,15 +51,24 @@ def parse_k(k: str) -> int | Literal["fit"]:
         raise ValueError(f"k must be a number of demonstrations or 'fit', got {k!r}") from None
 
 
-def require_writable(file: Path) -> None:
-    """Find out before any work is done whether a file can be written."""
-    if file.is_dir():
-        raise IsADirectoryError(f"cannot write {file}: it is a folder")
-    nearest = next(folder for folder in file.absolute().parents if folder.exists())
+def require_writable(file: Path, instead: str = "give a place that can be written with --out") -> None:
+    """Find out before any work is done whether a file can be written.
+
+    Args:
+        file: The file.
+        instead: What to do if it cannot.
+
+    Raises:
+        OSError: If it cannot, saying why and what to do.
+    """
+    if os.path.isdir(file):
+        raise IsADirectoryError(f"cannot write {file}: it is a folder; {instead}")
+    # Of what is in a folder that may not be looked into, this says that it is not there, where Path.exists raises.
+    nearest = next(folder for folder in file.absolute().parents if os.path.exists(folder))
     if not nearest.is_dir():
-        raise NotADirectoryError(f"cannot write {file}: {nearest} is a file, not a folder")
-    if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"cannot write {file}: no permission to write in {nearest}")
+        raise NotADirectoryError(f"cannot write {file}: {nearest} is a file, not a folder; {instead}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write {file}: no permission to write in {nearest}; {instead}")
 
 
 def say(text: str) -> None:
@@ -89,5 +98,5 @@ def errors_for_people() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        errors.print("[bold red]error:[/bold red]", Text(str(error)))
+        errors.print("[bold red]error:[/bold red]", Text(str(error)), soft_wrap=True)
         raise typer.Exit(2) from error

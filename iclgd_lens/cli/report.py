@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from iclgd_lens.cli.common import console, errors_for_people, say
+from iclgd_lens.cli.common import console, errors_for_people, require_writable, say
 
 
 def report(
@@ -15,6 +15,8 @@ def report(
 ) -> None:
     """Write a run's report: one page with its summary, tables, figures, an example of attention and its setting."""
     with errors_for_people(), console.status("writing the report"):
+        if run.is_dir():
+            require_writable(run / "report.html", "copy the folder to a place that can be written, and write its report there")
         from iclgd_lens.experiments.folder import RunFolder
         from iclgd_lens.experiments.sweep_folder import SweepFolder
         from iclgd_lens.views.report import write_report

@@ -37,14 +37,14 @@ def sweep(
 ) -> None:
     """Run a study: every combination of its models, tasks, seeds, methods and learning rates, or what is missing of them."""
     with errors_for_people():
-        require_writable((out or Path()) / "study.json")
+        out = out or Path(f"{study.stem}-sweep")
+        require_writable(out / "studies" / f"{study.stem}.json")
         with console.status("loading torch and TransformerLens"):
             from iclgd_lens.experiments.grid import Grid
             from iclgd_lens.experiments.study import Study
             from iclgd_lens.experiments.sweep import Plan, run_sweep
             from iclgd_lens.experiments.sweep_folder import SweepFolder
         read = Study.read(study)
-        out = out or Path(f"{study.stem}-sweep")
         folder = SweepFolder(out)
         with console.status("planning"):
             grid = Grid.of(read)

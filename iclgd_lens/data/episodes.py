@@ -103,17 +103,28 @@ def require_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query
     )
 
 
-def require_known_tokens(examples: Sequence[Demonstration | Query], d_vocab: int) -> None:
-    """Check that examples were tokenised for a vocabulary of this size, or a smaller one.
+def require_known_tokens(
+    examples: Sequence[Demonstration | Query], d_vocab: int, label_tokens: Sequence[Int[Tensor, "label_pos"]] = ()
+) -> None:
+    """Check that examples, their separators and label words, and more label words, were tokenised for a vocabulary of this size, or
+    a smaller one.
 
     Raises:
         ValueError: If a token lies beyond it.
     """
+    # Queries share their label words' tensors, which are looked at once.
+    parts = {id(tokens): tokens for tokens in label_tokens}
     for example in examples:
-        if (largest := int(example.tokens.max())) >= d_vocab:
-            raise ValueError(
-                f"token {largest} is not in the model's vocabulary of {d_vocab}; was the episode drawn for another model?"
-            )
+        others = example.label_tokens if isinstance(example, Query) else (example.separator,)
+        parts |= {id(tokens): tokens for tokens in (example.tokens, *others)}
+    for tokens in parts.values():
+        if not len(tokens):
+            continue
+        for token in map(int, tokens.aminmax()):
+            if not 0 <= token < d_vocab:
+                raise ValueError(
+                    f"token {token} is not in the model's vocabulary of {d_vocab}; was the episode drawn for another model?"
+                )
 
 
 def _longest_body(queries: Sequence[Query]) -> int:

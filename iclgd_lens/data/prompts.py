@@ -6,7 +6,8 @@ label, with the label words it is to be scored on. An in-context prompt is
     BOS · demonstration · separator · … · demonstration · separator · query
 
 with a single BOS in front (Deutch et al. 2024, section 3.1). Texts, labels and separators are tokenised apart from each other,
-so the position of every label is known, and a query's tokens are the same with and without demonstrations.
+so the position of every label is known, and a query's tokens are the same with and without demonstrations. The name of a special
+token in a text is that token, as wherever a tokenizer reads texts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,35 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from iclgd_lens.digests import digest_of
+
+
+def require_text(text: object, what: str) -> None:
+    """Check that something is text that can be written.
+
+    Args:
+        text: Maybe a text.
+        what: What messages call it.
+
+    Raises:
+        ValueError: If it is no string, or holds half of a character, as JSON can escape one and no tokenizer reads.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{what} must be text, got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"{text[error.start]!r} at position {error.start}"
+        raise ValueError(f"{what} holds half of a character, {half}; write the whole character") from None
+
+
+def require_token_numbers(tokens: Int[Tensor, "pos"], what: str) -> None:
+    """Check that tokens are what embeddings are looked up by.
+
+    Raises:
+        ValueError: If they are numbers of another kind.
+    """
+    if tokens.dtype != torch.long:
+        raise ValueError(f"{what} must be whole numbers of dtype torch.int64, got {tokens.dtype}")
 
 
 def _no_tokens() -> Int[Tensor, "0"]:
@@ -39,7 +69,7 @@ class Demonstration:
         label: The class index, where it is known.
 
     Raises:
-        ValueError: If `tokens` is not one-dimensional, or too short for BOS and the label.
+        ValueError: If `tokens` is not one-dimensional, of another dtype than int64, or too short for BOS and the label.
     """
 
     tokens: Int[Tensor, "pos"]
@@ -50,6 +80,8 @@ class Demonstration:
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1:
             raise ValueError(f"tokens must be one sequence, [pos]; got shape {list(self.tokens.shape)}")
+        require_token_numbers(self.tokens, "tokens")
+        require_token_numbers(self.separator, "the tokens of a separator")
         if not 1 <= self.n_label_tokens < len(self.tokens):
             raise ValueError(
                 f"n_label_tokens={self.n_label_tokens} does not fit a demonstration of {len(self.tokens)} tokens, "
@@ -67,7 +99,8 @@ class Query:
         label: The gold class index, where it is known.
 
     Raises:
-        ValueError: If `tokens` is not one-dimensional or holds nothing after BOS, or a label word has no tokens.
+        ValueError: If `tokens` is not one-dimensional, of another dtype than int64 or holds nothing after BOS, or a label word has
+            no tokens.
     """
 
     tokens: Int[Tensor, "pos"]
@@ -79,6 +112,9 @@ class Query:
             raise ValueError(
                 f"a query's tokens must be one sequence of BOS and at least one more token; got shape {list(self.tokens.shape)}"
             )
+        require_token_numbers(self.tokens, "a query's tokens")
+        for number, tokens in enumerate(self.label_tokens):
+            require_token_numbers(tokens, f"the tokens of label word {number}")
         if any(len(tokens) == 0 for tokens in self.label_tokens):
             raise ValueError(f"label word {[len(tokens) for tokens in self.label_tokens].index(0)} of a query has no tokens")
 
@@ -142,20 +178,28 @@ class PromptFormat:
         separator: What stands between demonstrations; `{eos}` is the tokenizer's end-of-text token.
 
     Raises:
-        ValueError: If the template has no field, a field without a name, or unbalanced braces.
+        ValueError: If the template has no field, a field without a name or with a format of its own, or unbalanced braces.
     """
 
     template: str
     separator: str = "{eos}"
 
     def __post_init__(self) -> None:
+        require_text(self.template, "the template")
+        require_text(self.separator, "the separator")
         try:
-            names = [name for _, name, _, _ in Formatter().parse(self.template) if name is not None]
+            parts = [part for part in Formatter().parse(self.template) if part[1] is not None]
         except ValueError as error:
             raise ValueError(f"the template {self.template!r} cannot be read: {error}") from error
+        names = [str(name) for _, name, _, _ in parts]
         if not names or not all(name.isidentifier() for name in names):
             raise ValueError(
                 f"the template {self.template!r} must name one or more columns in braces, as in 'Review: {{text}} Label:'"
+            )
+        if formatted := [str(name) for _, name, style, conversion in parts if style or conversion]:
+            raise ValueError(
+                f"the template {self.template!r} gives the field {formatted[0]!r} a format, and texts are put in as they are; "
+                f"write {{{formatted[0]}}}"
             )
 
     @property
@@ -163,13 +207,26 @@ class PromptFormat:
         """The names of the template's fields, in order."""
         return tuple(name for _, name, _, _ in Formatter().parse(self.template) if name)
 
+    @property
+    def _tail(self) -> str:
+        """What the template says behind its last field."""
+        parts = list(Formatter().parse(self.template))
+        last = max(index for index, (_, name, _, _) in enumerate(parts) if name is not None)
+        return "".join(literal for literal, *_ in parts[last + 1 :])
+
     def prompt(self, tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> Int[Tensor, "pos"]:
-        """Tokenise BOS and the template filled with a row's fields."""
+        """Tokenise BOS and the template filled with a row's fields.
+
+        Raises:
+            ValueError: If nothing is left of the text, as where a tokenizer drops characters that it does not know.
+        """
         text = self.template.format_map(row)
-        return torch.tensor([bos_token(tokenizer), *_encode(tokenizer, text)])
+        if not (tokens := _encode(tokenizer, text)):
+            raise ValueError(f"this model's tokenizer makes no tokens of the prompt {text!r}")
+        return torch.tensor([bos_token(tokenizer), *tokens])
 
     def separator_tokens(self, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "pos"]:
-        """Tokenise the separator.
+        """Tokenise the separator as it stands behind a label.
 
         Raises:
             ValueError: If the separator is to hold the end-of-text token and the tokenizer has none.
@@ -177,7 +234,7 @@ class PromptFormat:
         if "{eos}" in self.separator and tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no end-of-text token for the separator '{eos}'; give the task another separator")
         text = self.separator.replace("{eos}", tokenizer.eos_token or "")
-        return torch.tensor(_encode(tokenizer, text), dtype=torch.long)
+        return torch.tensor(_encode_behind(tokenizer, "x", text), dtype=torch.long)
 
     def label_tokens(self, tokenizer: PreTrainedTokenizerBase, label_words: Sequence[str]) -> tuple[Int[Tensor, "_label_pos"], ...]:
         """Tokenise label words as they stand after the template, with a leading space.
@@ -188,12 +245,10 @@ class PromptFormat:
             ValueError: If a word comes to no tokens or to the unknown token, or two words come to the same tokens.
         """
         # A letter stands for the field, so that the label is never the beginning of a text.
-        tail = "x" + self.template.rpartition("}")[2]
-        before = _encode(tokenizer, tail)
+        tail = f"x{self._tail}"
         tokenised: dict[tuple[int, ...], str] = {}
         for word in label_words:
-            whole = _encode(tokenizer, f"{tail} {word}")
-            tokens = tuple(whole[len(before) :] if whole[: len(before)] == before else _encode(tokenizer, f" {word}"))
+            tokens = tuple(_encode_behind(tokenizer, tail, f" {word}"))
             if not word.strip() or not tokens:
                 raise ValueError(f"the label word {word!r} tokenises to nothing; give every class a word")
             if tokenizer.unk_token_id in tokens:
@@ -221,3 +276,18 @@ def bos_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+
+def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
+    """Tokenise a text as it stands behind another, apart from it: some tokenizers put a space in front of what they begin with.
+
+    Where a token would reach over the boundary, they are the text's own tokens, that space taken off if that gives the text back.
+    """
+    if not text:
+        return []
+    first, whole, alone = _encode(tokenizer, before), _encode(tokenizer, before + text), _encode(tokenizer, text)
+    if whole[: len(first)] == first and len(whole) > len(first):
+        return whole[len(first) :]
+    shown = tokenizer.decode(whole)
+    found = (tokens for tokens in (alone, _encode(tokenizer, text.lstrip(" "))) if tokenizer.decode(first + tokens) == shown)
+    return next(found, alone)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iclgd_lens.data.prompts import PromptFormat
+from iclgd_lens.data.prompts import PromptFormat, require_text
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,11 @@ def checked_examples(
         label_column: Which column holds the label.
 
     Raises:
-        ValueError: If a row lacks a column or a value, has an unknown label or an empty text, or there are no rows.
+        ValueError: If a row lacks a column or a value, has an unknown label, an empty text or one with half of a character, there
+            are no rows, or a label word is no text.
     """
+    for value, word in table.items():
+        require_text(word, f"the label word of {value!r}")
     # By text, since a CSV file has no numbers: its "1" is the label 1.
     class_of = {str(value): index for index, value in enumerate(table)}
     class_of |= {str(value).lower(): index for index, value in enumerate(table) if isinstance(value, bool)}
@@ -52,6 +55,8 @@ def checked_examples(
         empty = [column for column, text in fields.items() if not text]
         if empty:
             raise ValueError(f"{source}, row {number}: the text in column {empty[0]!r} is empty")
+        for column, text in fields.items():
+            require_text(text, f"{source}, row {number}: the text in column {column!r}")
         label = class_of.get(str(row[label_column]).strip())
         if label is None:
             raise ValueError(

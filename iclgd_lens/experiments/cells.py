@@ -64,7 +64,7 @@ class Cells:
         Args:
             digest: Its `cell_digest`.
             about: What it is, in words.
-            frames: Its frames, by name. Each is a row group of its own.
+            frames: Its frames, by name.
         """
         tables = {name: pa.Table.from_pandas(frame, preserve_index=False) for name, frame in frames.items()}
         schema = pa.unify_schemas([table.schema.remove_metadata() for table in tables.values()], promote_options="permissive")
@@ -77,8 +77,8 @@ class Cells:
         }
         sink = io.BytesIO()
         with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-            for name, table in tables.items():
-                writer.write_table(_in_schema(table, schema, name))
+            # In one row group: each costs a file's reader as much as its rows do.
+            writer.write_table(pa.concat_tables([_in_schema(table, schema, name) for name, table in tables.items()]))
             says |= {"bytes": sink.tell(), "crc32": zlib.crc32(sink.getbuffer())}
             writer.add_key_value_metadata({ABOUT: json.dumps(says)})
         with written_whole(self.path(digest)) as partial:
@@ -92,13 +92,23 @@ class Cells:
             DamagedCellError: If its file is damaged, or another's.
         """
         content = self.path(digest).read_bytes()
-        says = _checked(content, digest)
-        table = pq.read_table(pa.BufferReader(content))
+        says, table = _checked(content, digest), _rows(content)
         frames = {}
         for name, (columns, pandas) in says["parts"].items():
             part = table.filter(pc.field(PART) == name).select(columns)
             frames[name] = part.replace_schema_metadata({"pandas": pandas}).to_pandas()
         return frames
+
+    def table(self, digest: str) -> pa.Table:
+        """Read the rows of all a cell's frames together, told apart by the column `part`.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+            DamagedCellError: If its file is damaged, or another's.
+        """
+        content = self.path(digest).read_bytes()
+        _checked(content, digest)
+        return _rows(content)
 
     def check(self, digest: str) -> bool:
         """Whether a cell is there, without reading its frames.
@@ -147,17 +157,39 @@ def _in_schema(table: pa.Table, schema: pa.Schema, part: str) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
+def _rows(content: bytes) -> pa.Table:
+    return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+
+
 def _checked(content: bytes, digest: str) -> Any:
     """What a cell's file says of itself, if that is true."""
     where = f"the file of cell {digest}"
+    says = verified(memoryview(content), where)
+    try:
+        holds, of_format = says["cell"], says["format"]
+    except KeyError as error:
+        raise DamagedCellError(f"{where} is none of ours (no {error})") from error
+    if holds != digest or of_format != RESULTS_FORMAT:
+        raise DamagedCellError(f"{where} holds another cell, {holds} in format {of_format}")
+    return says
+
+
+def verified(content: memoryview, where: str) -> Any:
+    """What a parquet file of ours says of itself, whose checksum is right.
+
+    Args:
+        content: The file.
+        where: What it is, for messages.
+
+    Raises:
+        DamagedCellError: If it is cut off, damaged, or not written here.
+    """
     try:
         footer = int.from_bytes(content[-_END:-4], "little") + _END
         says = json.loads(pq.read_metadata(pa.BufferReader(content[-footer:])).metadata[ABOUT.encode()])
-        whole = zlib.crc32(memoryview(content)[: says["bytes"]]) == says["crc32"]
+        whole = zlib.crc32(content[: says["bytes"]]) == says["crc32"]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCellError(f"{where} is cut off or none of ours ({type(error).__name__})") from error
     if not whole or len(content) - footer != says["bytes"]:
         raise DamagedCellError(f"{where} is damaged: its checksum is another")
-    if says["cell"] != digest or says["format"] != RESULTS_FORMAT:
-        raise DamagedCellError(f"{where} holds another cell, {says['cell']} in format {says['format']}")
     return says

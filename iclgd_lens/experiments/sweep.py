@@ -22,6 +22,7 @@ import submitit
 from iclgd_lens.experiments.cell_runs import CellRuns
 from iclgd_lens.experiments.cells import DamagedCellError
 from iclgd_lens.experiments.grid import Grid
+from iclgd_lens.experiments.packs import stamps_of
 from iclgd_lens.experiments.study import Study
 from iclgd_lens.experiments.sweep_folder import SweepFolder
 from iclgd_lens.experiments.sweep_jobs import end_jobs, launch, what_jobs_said
@@ -56,13 +57,15 @@ class Plan:
 
     @classmethod
     def of(cls, grid: Grid, folder: SweepFolder) -> Plan:
-        """Look at every cell's file."""
+        """Look at every cell's file; at those that are packed, whether they are as they were then."""
         done, failed, missing = [], [], []
         damaged: dict[str, str] = {}
+        pack = folder.pack
+        packed = pack.holds(stamps_of(folder.cells, pack.stamps))
         for group in grid.groups:
             for cell in group.cells:
                 try:
-                    there = folder.cells.check(cell.digest)
+                    there = cell.digest in packed or folder.cells.check(cell.digest)
                 except DamagedCellError as error:
                     there, damaged[cell.digest] = False, str(error)
                 if there:

@@ -1,6 +1,7 @@
 """The folder of a sweep: cells that are done, cells that failed, who runs what, and the studies that it holds.
 
     cells/       a parquet file per cell, as in `cells`
+    packed.parquet   a copy of many cells' rows, for reading, as in `packs`
     failed/      a JSON file per cell that failed, with the reason
     running/     a lock per group that somebody is at, and which of its cells it is
     studies/     every study that was run here, with the digests of its cells
@@ -25,6 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from iclgd_lens.experiments.cells import Cells
+from iclgd_lens.experiments.packs import Pack
 from iclgd_lens.files import write_text
 
 MOST_DEATHS = 2
@@ -67,6 +69,11 @@ class SweepFolder:
     def cells(self) -> Cells:
         """The cells that are done."""
         return Cells(self.path / "cells")
+
+    @property
+    def pack(self) -> Pack:
+        """The copy of many cells in one file."""
+        return Pack.open(self.path / "packed.parquet")
 
     @property
     def jobs(self) -> Path:

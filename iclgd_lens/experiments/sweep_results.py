@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from iclgd_lens.experiments.cells import PART, DamagedCellError
+from iclgd_lens.experiments.cells import PART, Cells, DamagedCellError
 from iclgd_lens.experiments.comparison import COLUMNS, TYPES
+from iclgd_lens.experiments.packs import CELL, WORTH_PACKING, Pack, stamps_of, with_cell
 from iclgd_lens.experiments.sweep_folder import SweepFolder
 
 SOURCE = {
@@ -62,6 +63,7 @@ class SweepResults:
 
     Attributes:
         dataset: Every row of every cell; the column `part` says which frame it is of, and columns that this does not have are null.
+            The column `cell` is null where a cell is read from its own file.
         cells: How many cells there are.
         damaged: Why files could not be read, by the digests of their cells; they are left out.
     """
@@ -107,19 +109,49 @@ def load_results(folder: str | Path, study: str | None = None) -> SweepResults:
     studies = place.studies()
     if study is not None and study not in studies:
         raise ValueError(f"{folder} holds no study {study!r}; it holds {', '.join(studies)}")
-    digests = dict.fromkeys(digest for name, each in studies.items() if study in (None, name) for digest in each["cells"])
+    everything = {digest for each in studies.values() for digest in each["cells"]}
+    wanted = everything if study is None else set(studies[study]["cells"])
+
+    pack, stamps = place.pack, stamps_of(place.cells, everything)
+    damaged: dict[str, str] = {}
+    loose = stamps.keys() - pack.holds(stamps)
+    if len(loose) >= WORTH_PACKING:
+        try:
+            pack, damaged = pack.extended(place.cells, stamps, _schema())
+            loose = set()
+        except OSError as error:  # a folder that is only to be read
+            log.info("%s cannot be written (%s): its cells are read one by one", pack.path, error)
+    whole, refused = _checked(place.cells, sorted(loose & wanted))
+    damaged = {digest: reason for digest, reason in (damaged | refused).items() if digest in wanted}
+    for reason in damaged.values():
+        log.warning("%s; it is left out", reason)
+    packed = sorted(pack.holds(stamps) & wanted)
+    return SweepResults(_dataset(place.cells, whole, pack, packed), len(whole) + len(packed), damaged)
+
+
+def _checked(cells: Cells, digests: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Those cells whose files are whole, and why others are not."""
 
     def check(digest: str) -> tuple[bool, str]:
         try:
-            return place.cells.check(digest), ""
+            return cells.check(digest), ""
         except DamagedCellError as error:
             return False, str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = dict(zip(digests, pool.map(check, digests, chunksize=64), strict=True))
-    damaged = {digest: reason for digest, (_, reason) in checked.items() if reason}
-    for reason in damaged.values():
-        log.warning("%s; it is left out", reason)
-    paths = [str(place.cells.path(digest)) for digest, (there, _) in checked.items() if there]
-    dataset = ds.dataset(paths, schema=_schema(), format="parquet") if paths else ds.dataset(_schema().empty_table())
-    return SweepResults(dataset, len(paths), damaged)
+    whole = [digest for digest, (there, _) in checked.items() if there]
+    return whole, {digest: reason for digest, (_, reason) in checked.items() if reason}
+
+
+def _dataset(cells: Cells, loose: Sequence[str], pack: Pack, packed: Sequence[str]) -> ds.Dataset:
+    """The rows of files of their own and of a pack; of this, whoever may have written it anew since, those cells alone."""
+    schema = _schema()
+    parts = []
+    if loose:
+        parts.append(ds.dataset([str(cells.path(digest)) for digest in loose], schema=with_cell(schema), format="parquet"))
+    if packed:
+        parts.append(pack.rows(schema))
+    if not parts:
+        return ds.dataset(with_cell(schema).empty_table())
+    return ds.dataset(parts).filter(pc.field(CELL).is_null() | pc.field(CELL).isin(pa.array(packed, pa.string())))

@@ -25,6 +25,12 @@ from iclgd_lens.models.sites import sites_of
 Backend = Literal["auto", "hooked", "bridge"]
 """Which of TransformerLens's classes a model is loaded as."""
 
+PICKLED_BY_TRANSFORMER_LENS = ("NeelNanda/", "ArthurConmy/", "Baidicoot/")
+"""Whose models TransformerLens keeps as pickles on the hub, and unpickles without a check."""
+
+_SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+"""How Hugging Face models are read: weights are never unpickled, and code beside them never run, nor anybody asked whether to."""
+
 SAME_OUTPUTS = {64: 1e-5, 32: 1e-4, 16: 0.05}
 """How much log-probabilities may differ between a model and its conversion, relative to the largest, by the bits of its dtype."""
 
@@ -44,6 +50,8 @@ def load_model(
     Weight processing (folding layer norms, centring) leaves a model's outputs as they are but changes what a gradient step
     does; `gd` and `lcgd` warn of it.
 
+    Weights are read from safetensors files alone, and code that a folder or a repository brings along is not run.
+
     Args:
         name: `"bundled"` for the small in-context learner that ships with the package, which is the default; the path of a folder
             that holds a Hugging Face model and its tokenizer; or a model name that TransformerLens or the hub knows.
@@ -62,7 +70,7 @@ def load_model(
 
     Raises:
         ValueError: If arguments do not go together, torch has no such device here, TransformerLens knows no such model or has no
-            such backend for it, or the folder holds none that it can convert.
+            such backend for it, the folder holds none that it can convert, or weights are a pickle.
         OSError: If the hub cannot be reached and its cache does not hold the model.
         NoHookedTransformerError: If `backend` is `"hooked"`, and TransformerLens has no such class.
     """
@@ -152,9 +160,15 @@ def require_model(name: str) -> None:
     """Check that a name may be a model's, without fetching it.
 
     Raises:
-        ValueError: If it is neither `"bundled"`, a folder, a name that TransformerLens knows nor one that the hub might know.
+        ValueError: If it is neither `"bundled"`, a folder, a name that TransformerLens knows nor one that the hub might know; or if
+            its weights are a pickle.
     """
     aliases = _aliases()
+    if not Path(name).is_dir() and hub_name(name).startswith(PICKLED_BY_TRANSFORMER_LENS):
+        raise ValueError(
+            f"the weights of {name!r} ({hub_name(name)} on the hub) are a pickle, and reading one runs whatever code it holds. "
+            f"Where you trust it, load it yourself, HookedTransformer.from_pretrained_no_processing({name!r}), and use that model"
+        )
     if name == "bundled" or "/" in name or Path(name).is_dir() or name.lower() in aliases:
         return
     close = difflib.get_close_matches(name, ["bundled", *aliases], n=3)
@@ -167,19 +181,34 @@ def require_model(name: str) -> None:
 
 def _load_named(name: str, backend: Backend, device: str, dtype: torch.dtype, process_weights: bool) -> HookedModel:
     """Fetch a model by its name."""
+    require_model(name)
     instead = "give the path of a folder that holds the model, or use 'bundled'."
-    aliases = _aliases()
-    if _wants_hooked(backend) and name.lower() in aliases:
+    known, runs_code = name.lower() in _aliases(), _runs_remote_code(name)
+    if _wants_hooked(backend) and known and not runs_code:
         load = HookedTransformer.from_pretrained if process_weights else HookedTransformer.from_pretrained_no_processing
         with hub.asked(f"the model {name!r}", instead):
-            return load(name, device=device, dtype=dtype).eval()
-    require_model(name)
+            return load(name, device=device, dtype=dtype, **_SAFE).eval()
     if backend == "hooked":
+        if known:
+            raise ValueError(
+                f"TransformerLens runs code from the hub to make a HookedTransformer of {name!r}; load it with backend='bridge' or "
+                "'auto', which run none"
+            )
         raise ValueError(f"TransformerLens has no HookedTransformer for {name!r}; load it with backend='bridge' or 'auto'")
     with hub.asked(f"the model {name!r}", instead):
-        bridge = TransformerBridge.boot_transformers(hub_name(name), device=device, dtype=dtype)
+        hf_model: Any = AutoModelForCausalLM.from_pretrained(hub_name(name), dtype=dtype, attn_implementation="eager", **_SAFE)
+        bridge = TransformerBridge.boot_transformers(hub_name(name), hf_model=hf_model.to(device), device=device, dtype=dtype)
     bridge.original_model.eval()
     return _processed(bridge, process_weights)
+
+
+def _runs_remote_code(name: str) -> bool:
+    """Whether TransformerLens, asked for a `HookedTransformer`, would run code from a model's repository, whatever it is told."""
+    if HookedTransformer is None:
+        return False
+    from transformer_lens.loading_from_pretrained import NEED_REMOTE_CODE_MODELS
+
+    return hub_name(name).startswith(NEED_REMOTE_CODE_MODELS)
 
 
 def _aliases() -> dict[str, str]:
@@ -192,14 +221,15 @@ def _load_folder(folder: Path, backend: Backend, device: str, dtype: torch.dtype
     """Load a Hugging Face model from a folder, convert it or put a bridge around it, and check what came out."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"the folder {folder} holds no Hugging Face model: there is no config.json")
+    _refuse_pickles(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with _no_progress_bar():
             read: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True, attn_implementation="eager"
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True, attn_implementation="eager", **_SAFE
             )
         hf_model, loaded = read
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of any of the libraries that read the files
         raise ValueError(f"the folder {folder} does not hold a whole model and tokenizer: {error}") from error
     if missing := sorted(loaded["missing_keys"]):
@@ -224,6 +254,16 @@ def _load_folder(folder: Path, backend: Backend, device: str, dtype: torch.dtype
     except ValueError as error:
         raise ValueError(f"{refused}{error}") from error
     return _processed(bridge, process_weights)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(file.name for suffix in ("bin", "pt", "pth") for file in folder.glob(f"*.{suffix}"))
+    # Training leaves pickles of its arguments beside weights that are none.
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"the weights in {folder} are a pickle ({pickles[0]}), and reading one may run whatever code it holds. Where you trust "
+            "it, write them as safetensors: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        )
 
 
 def _with_context_window(config: dict[str, Any]) -> dict[str, Any]:

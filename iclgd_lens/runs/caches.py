@@ -36,19 +36,25 @@ class Cache(Protocol):
 
 def run_into_cache(sites: HookSites, tokens: Int[Tensor, "pos"]) -> Cache | None:
     """Run a prompt's beginning once, and keep its keys and values; None for a model that keeps none to go on behind."""
-    model, batch = sites.model, tokens[None]
+    model = sites.model
     if not is_bridge(model):
         entries = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, 1)
-        sites.run(batch, torch.ones_like(batch), entries)
+        _run(sites, tokens, entries)
         return _TransformerCache(entries)
     # Without a configuration it keeps all tokens, also where layers look back a window: the rest is masked.
     found = DynamicCache()
-    sites.run(batch, torch.ones_like(batch), found)
+    _run(sites, tokens, found)
     layers: list[Any] = found.layers
     if [layer.get_seq_length() for layer in layers] == [len(tokens)] * sites.n_layers:
         return _BridgeCache(layers)
     logger.warning("%s keeps no keys and values to go on behind: demonstrations run again with every query", model.cfg.architecture)
     return None
+
+
+def _run(sites: HookSites, tokens: Int[Tensor, "pos"], cache: Any) -> None:
+    # No hooks of its own, and none of another thread's either.
+    with sites.attach([]):
+        sites.run(tokens[None], torch.ones_like(tokens[None]), cache)
 
 
 @dataclass(frozen=True, eq=False)

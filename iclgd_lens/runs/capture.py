@@ -94,6 +94,7 @@ def capture(
             model's vocabulary; if `keep` names an unknown field or one that the run does not have; if `score_gradients` is to be
             kept and a hook edits something between the value projection and heads' output; or if the update belongs to another
             model.
+        RuntimeError: If another thread is capturing this model, or has an update attached to it.
     """
     request = _Request.of(model, queries, context, keep, batch_size)
     with request.running(update):

@@ -237,6 +237,7 @@ class ParameterUpdate:
 
         Raises:
             ValueError: If the update was made on another model.
+            RuntimeError: If another thread is capturing this model, or has an update attached to it.
         """
         with sites_of(model).attach(self.fwd_hooks(model)):
             yield model

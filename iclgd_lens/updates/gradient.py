@@ -84,6 +84,7 @@ def gd(
             window, has a token that is not in the model's vocabulary, or, with `readout="labels"`, a label that is not among
             `label_tokens`.
         DivergedError: If the update becomes non-finite (the message names the demonstration and the layer).
+        RuntimeError: If another thread is capturing this model, or has an update attached to it.
     """
     settings = UpdateSettings("gd", lr, loss_on, readout, schedule, epochs, parameters)
     return _descend(model, demonstrations, settings, label_tokens, output_gradients)
@@ -207,7 +208,7 @@ def _check(
     """Validate demonstrations and label words; return the vocabulary columns of a restricted readout, sorted."""
     if not demonstrations:
         raise ValueError("no demonstrations: a gradient step needs at least one")
-    require_known_tokens(demonstrations, model.cfg.d_vocab)
+    require_known_tokens(demonstrations, model.cfg.d_vocab, label_tokens or ())
     for number, demonstration in enumerate(demonstrations):
         if len(demonstration.tokens) > model.cfg.n_ctx:
             raise ValueError(
@@ -218,8 +219,8 @@ def _check(
         return None
     if not label_tokens:
         raise ValueError("readout='labels' needs label_tokens, the tokens of every label word (episode.label_tokens)")
-    columns = torch.cat(list(label_tokens)).unique(sorted=True)
+    columns = torch.cat([tokens.to(model.cfg.device) for tokens in label_tokens]).unique(sorted=True)
     for number, demonstration in enumerate(demonstrations):
-        if not torch.isin(demonstration.tokens[-demonstration.n_label_tokens :], columns).all():
+        if not torch.isin(demonstration.tokens[-demonstration.n_label_tokens :].to(columns.device), columns).all():
             raise ValueError(f"the label of demonstration {number} is not among label_tokens")
-    return columns.to(model.cfg.device)
+    return columns

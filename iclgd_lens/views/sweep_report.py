@@ -18,6 +18,7 @@ from iclgd_lens.experiments.sweep_folder import Failure, SweepFolder
 from iclgd_lens.experiments.sweep_results import SweepResults, load_results
 from iclgd_lens.files import write_text
 from iclgd_lens.views.circuits import asset, page
+from iclgd_lens.views.figure_style import shown_text
 from iclgd_lens.views.names import CONTROL_NAMES, METHOD_NAMES, METRIC_NAMES, RUN_NAMES, counted
 from iclgd_lens.views.plots import SIMILARITIES, layer_figure, rate_figure
 from iclgd_lens.views.report import figure_section
@@ -172,6 +173,6 @@ def sweep_figures(frame: pd.DataFrame) -> Mapping[str, go.Figure]:
         model, k = group[["model_name", "k"]].iloc[0]
         several = (group.groupby("task")["lr"].nunique() > 1).any()
         figure = rate_figure(group) if several else layer_figure(group)
-        figure.update_layout(title_text=f"{escape(str(model))}, k = {k}: {figure.layout.title.text}")
+        figure.update_layout(title_text=f"{shown_text(str(model))}, k = {k}: {figure.layout.title.text}")
         drawn[str(number)] = figure
     return drawn

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query, bos_token, context_tokens
 from iclgd_lens.models.bundled.learner import build_tokenizer
+from tests.tokenizers_zoo import llama_style
 
 TEXT = "a dull and moving film"
 CORPUS = ["Sentence: a gripping and moving film Label: Positive", "Sentence: a dull, endless film Label: Negative"]
@@ -40,6 +41,16 @@ def normalising_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.pre_tokenizer = None
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return tokenizer
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """The same without words: tokens reach over spaces, from the template's end into the label."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 TOKENIZERS = {
@@ -217,3 +228,61 @@ def test_a_tokenizer_with_neither_bos_nor_end_of_text_is_refused():
 def test_a_query_whose_label_word_has_no_tokens_is_refused():
     with pytest.raises(ValueError, match="label word 1 of a query has no tokens"):
         Query(torch.tensor([1, 2]), (torch.tensor([3]), torch.tensor([], dtype=torch.long)))
+
+
+def test_a_label_that_merges_with_the_template_is_spelled_with_one_space_all_the_same():
+    tokenizer, template = merging_tokenizer(), "Sentence: {text} Label:"
+    written = PromptFormat(template)
+    prompt, (label,) = written.prompt(tokenizer, {"text": TEXT}), written.label_tokens(tokenizer, ["Positive"])
+    whole = f"{template.format(text=TEXT)} Positive"
+    assert tokenizer.encode(whole, add_special_tokens=False)[: len(prompt) - 1] != prompt[1:].tolist()  # it does merge
+    assert tokenizer.decode(torch.cat([prompt[1:], label])) == whole
+
+
+@pytest.mark.parametrize("separator", ["\n", "a film", "."])
+def test_a_separator_has_no_space_that_a_tokenizer_puts_in_front_of_texts(separator):
+    tokenizer = llama_style()
+    letter = tokenizer.encode("x", add_special_tokens=False)
+    tokens = PromptFormat("{text}", separator).separator_tokens(tokenizer).tolist()
+    assert tokenizer.decode([*letter, *tokens]) == f"x{separator}"
+
+
+@pytest.mark.parametrize("field", ["{text!r}", "{text:>10}", "{text:{width}}"])
+def test_a_field_with_a_format_is_refused(field):
+    with pytest.raises(ValueError, match=r"gives the field 'text' a format, and texts are put in as they are; write \{text\}"):
+        PromptFormat(f"Review: {field} Label:")
+
+
+@pytest.mark.parametrize(
+    ("template", "separator", "message"),
+    [
+        ("\ud83d {text}", "", r"the template holds half of a character, '\\ud83d' at position 0"),
+        ("{text}", "a\udc00", r"the separator holds half of a character, '\\udc00' at position 1"),
+        (3, "", "the template must be text, got 3"),
+        ("{text}", None, "the separator must be text, got None"),
+    ],
+)
+def test_a_template_and_a_separator_are_whole_text(template, separator, message):
+    with pytest.raises(ValueError, match=message):
+        PromptFormat(template, separator)
+
+
+def test_a_text_of_which_a_tokenizer_leaves_nothing_is_named():
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="<s>"))
+    backend.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    with pytest.raises(ValueError, match=r"makes no tokens of the prompt '\\u200b'"):
+        PromptFormat("{text}").prompt(tokenizer, {"text": "\u200b"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int32, torch.uint8])
+def test_tokens_are_numbers_that_embeddings_are_looked_up_by(dtype):
+    whole, other = torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1], dtype=dtype)
+    for make, what in (
+        (lambda: Demonstration(other, 1), "tokens"),
+        (lambda: Demonstration(whole, 1, other), "the tokens of a separator"),
+        (lambda: Query(other), "a query's tokens"),
+        (lambda: Query(whole, (whole, other)), "the tokens of label word 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"{what} must be whole numbers of dtype torch\.int64, got {dtype}"):
+            make()

@@ -341,11 +341,21 @@ def test_label_words_of_several_tokens_are_counted_and_carried():
         ({"text": "lion", "label": [0]}, r"rows, row 3: unknown label \[0\]"),
         ({"text": "", "label": 0}, r"rows, row 3: the text in column 'text' is empty"),
         ({"text": " \t\n", "label": 0}, r"rows, row 3: the text in column 'text' is empty"),
+        (
+            {"text": "a \ud83d", "label": 0},
+            r"rows, row 3: the text in column 'text' holds half of a character, '\\ud83d' at position 2",
+        ),
     ],
 )
 def test_a_bad_row_is_named_with_its_column(row, message):
     with pytest.raises(ValueError, match=message):
         from_rows([*ROWS[:2], row, *ROWS[2:]])
+
+
+@pytest.mark.parametrize("word", [3, None, True])
+def test_a_label_word_that_is_no_text_is_named(word):
+    with pytest.raises(ValueError, match=f"the label word of 'b' must be text, got {word}"):
+        from_rows([{"text": "lion", "label": "a"}] * 3, labels={"a": "alpha", "b": word})
 
 
 def test_a_bad_row_of_the_query_split_is_named_as_one():

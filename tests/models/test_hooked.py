@@ -142,12 +142,13 @@ def test_arguments_that_do_not_go_together_are_refused(arguments, message):
 def test_a_bridge_is_fetched_by_the_hub_s_name_of_what_is_asked_for(monkeypatch):
     asked = []
 
-    def boot(name, **options):
+    def fetch(name, **options):
         asked.append((name, options))
         raise OSError("there is no hub here")
 
-    monkeypatch.setattr(TransformerBridge, "boot_transformers", staticmethod(boot))
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fetch)
     for name in ("gpt2-small", "someone/something"):
         with pytest.raises(OSError, match=f"cannot load the model '{name}' from the hub or its local cache: there is no hub here"):
             load_model(name, backend="bridge", device="cpu")
-    assert asked == [(name, {"device": "cpu", "dtype": torch.float32}) for name in ("gpt2", "someone/something")]
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "use_safetensors": True, "trust_remote_code": False}
+    assert asked == [(name, options) for name in ("gpt2", "someone/something")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from iclgd_lens.models.sites import sites_of
 from iclgd_lens.runs.activations import Activations
 from iclgd_lens.runs.capture import capture, fitting_batch_size
 from iclgd_lens.updates.gradient import gd, lcgd
-from tests.models_zoo import ZOO, in_float64, make_demonstrations, make_model, make_queries
+from tests.models_zoo import BOS, D_VOCAB, ZOO, in_float64, make_demonstrations, make_model, make_queries
 from tests.reference import reference_capture, reference_update, relative_error
 from tests.waiting import waits
 
@@ -332,3 +333,16 @@ def test_no_layer_waits_for_a_gpu(keep):
     models = [make_model("three_layers", n_layers=n) for n in (2, 6)]
     few, many = (waits(partial(capture, model, queries, context=context, keep=keep, batch_size=2)) for model in models)
     assert few == many
+
+
+@pytest.mark.parametrize("token", [-1, D_VOCAB])
+def test_tokens_of_another_model_s_vocabulary_are_refused_wherever_they_stand(token):
+    foreign, (query,), context = torch.tensor([BOS, token]), make_queries((3,)), make_demonstrations(1)
+    for queries, demonstrations in (
+        ([replace(query, tokens=foreign)], None),
+        ([replace(query, label_tokens=(foreign,))], None),
+        ([query], [replace(context[0], tokens=torch.cat([foreign, foreign[:1]]), n_label_tokens=1)]),
+        ([query], [replace(context[0], separator=foreign)]),
+    ):
+        with pytest.raises(ValueError, match=f"token {token} is not in the model's vocabulary of {D_VOCAB}"):
+            capture(make_model(), queries, context=demonstrations)

@@ -15,7 +15,7 @@ import torch
 from iclgd_lens.data.prompts import Demonstration
 from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.updates.gradient import gd, lcgd
-from tests.models_zoo import BOS, FOLDED, N_CTX, ZOO, in_float64, label_tokens, make_demonstrations, make_model
+from tests.models_zoo import BOS, D_VOCAB, FOLDED, N_CTX, ZOO, in_float64, label_tokens, make_demonstrations, make_model
 from tests.reference import PARAMETERS, Trained, parameter, reference_update, relative_error
 
 LR = 0.02
@@ -432,6 +432,10 @@ def test_numbers_of_numpy_are_numbers(tmp_path, method):
 
 
 @both_methods
-def test_tokens_of_another_models_vocabulary_are_refused(method):
-    with pytest.raises(ValueError, match="token 1000 is not in the model's vocabulary"):
-        METHODS[method](make_model(), [Demonstration(torch.tensor([0, 1000]), 1)], lr=LR)
+@pytest.mark.parametrize("token", [-1, D_VOCAB, 1000])
+def test_tokens_of_another_models_vocabulary_are_refused(method, token):
+    foreign, make = torch.tensor([0, token]), METHODS[method]
+    with pytest.raises(ValueError, match=f"token {token} is not in the model's vocabulary"):
+        make(make_model(), [Demonstration(foreign, 1)], lr=LR)
+    with pytest.raises(ValueError, match=f"token {token} is not in the model's vocabulary"):
+        make(make_model(), make_demonstrations(), lr=LR, loss_on="label", readout="labels", label_tokens=[*label_tokens(), foreign])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iclgd_lens.models.after_attention import AfterAttention
 from iclgd_lens.models.hooked import HookedModel
+from iclgd_lens.models.sites.ownership import owned_by_this_thread
 
 NamedHook = tuple[str, Callable[..., Any]]
 """A hook name and the function to run there, as `model.run_with_hooks` takes them."""
@@ -143,24 +144,28 @@ class HookSites(ABC):
         Args:
             hooks: Names and functions.
             first_at_projections: Whether they run first at keys and values.
+
+        Raises:
+            RuntimeError: If another thread has hooks on this model in this way.
         """
         before = {*self.keys, *self.values} if first_at_projections else set()
         model: Any = self.model
-        # What `model.hooks()` does, too; but a bridge looks all its names up anew at every call of that.
-        model.context_level += 1
-        level = model.context_level
-        try:
-            for name, hook in hooks:
-                if name not in before:
-                    self._points[name].add_hook(hook, level=level)
-            for name, hook in reversed(hooks):
-                if name in before:
-                    self._points[name].add_hook(hook, level=level, prepend=True)
-            yield
-        finally:
-            for name, _ in hooks:
-                self._points[name].remove_hooks("fwd", level=level)
-            model.context_level -= 1
+        with owned_by_this_thread(self.model):
+            # What `model.hooks()` does, too; but a bridge looks all its names up anew at every call of that.
+            model.context_level += 1
+            level = model.context_level
+            try:
+                for name, hook in hooks:
+                    if name not in before:
+                        self._points[name].add_hook(hook, level=level)
+                for name, hook in reversed(hooks):
+                    if name in before:
+                        self._points[name].add_hook(hook, level=level, prepend=True)
+                yield
+            finally:
+                for name, _ in hooks:
+                    self._points[name].remove_hooks("fwd", level=level)
+                model.context_level -= 1
 
     @cached_property
     def _points(self) -> Mapping[str, Any]:
