@@ -1,7 +1,7 @@
 """Examples of what is built of a `HookedTransformer` are left out where TransformerLens has none.
 
-With `CHECK_SHAPES=1`, shapes and dtypes in annotations are checked while tests and examples run. That takes a quarter longer, so it
-is off unless asked for; `tests/test_shapes.py` checks the main path in every run.
+With `CHECK_SHAPES=1`, shapes and dtypes in annotations are checked while tests and examples run. It makes them take a quarter
+longer, so it is off unless asked for; `tests/test_shapes.py` checks the main path in every run.
 """
 
 import os
@@ -15,7 +15,7 @@ from tests.shapes import check_shapes, unchecked
 if os.environ.get("CHECK_SHAPES"):
     check_shapes()
 
-from iclgd_lens.models.hooked import HookedTransformer
+from iclgd_lens.models.hooked import HookedTransformer  # checked from its import on
 
 collect_ignore = []
 if HookedTransformer is None:
