@@ -66,7 +66,8 @@ class SweepCost:
         rows: The number of rows in their files.
         file_bytes: The size of their files.
         seconds: By step: `plan` a new folder, `run` (with making and keeping the cells), `skip` (planning where all is there),
-            `open` (finding and checking all files), `load` (reading the frame of all cells), `query` (reading one task's SimAOU).
+            `open` (finding and checking all files, and packing them), `skip again` and `open again` (the same where all is packed),
+            `load` (reading the frame of all cells), `query` (reading one task's SimAOU).
     """
 
     cells: int
@@ -108,13 +109,14 @@ def measure_sweep(cells: int, on_step: Callable[[str], None] | None = None) -> S
         done = timed("run")
         run_sweep(study, out, plan=plan, maker=Simulated)
         done()
-        done = timed("skip")
-        skipped = run_sweep(study, out, maker=Simulated)
-        done()
-        assert skipped.was_done == len(plan.open)
-        done = timed("open")
-        results = load_results(out)
-        done()
+        for again in ("", " again"):
+            done = timed(f"skip{again}")
+            skipped = run_sweep(study, out, maker=Simulated)
+            done()
+            assert skipped.was_done == len(plan.open)
+            done = timed(f"open{again}")
+            results = load_results(out)
+            done()
         done = timed("load")
         results.frame()
         done()
@@ -127,7 +129,7 @@ def measure_sweep(cells: int, on_step: Callable[[str], None] | None = None) -> S
 
 def sweep_table(costs: list[SweepCost]) -> Sheet:
     """Costs of simulated sweeps, one row each."""
-    steps = ("plan", "run", "skip", "open", "load", "query")
+    steps = ("plan", "run", "skip", "open", "skip again", "open again", "load", "query")
     numbers = pd.DataFrame(
         [{"cells": cost.cells, "rows": cost.rows, "MiB": cost.file_bytes / 2**20, **cost.seconds} for cost in costs]
     )
@@ -139,6 +141,7 @@ def sweep_table(costs: list[SweepCost]) -> Sheet:
     )
     note = (
         "Cells cost nothing but making two small frames. Plan: in a new folder. Run: with keeping the cells. Skip: where all is "
-        "there. Open: finding and checking all files. Load: the frame of all cells. Query: one metric of one task, by query."
+        "there. Open: finding and checking all files, and packing many. Again: where they are packed. Load: the frame of all "
+        "cells. Query: one metric of one task, by query."
     )
     return Sheet("sweeps", "Simulated sweeps", numbers, columns, note)
