@@ -1,7 +1,7 @@
 """Examples of what is built of a `HookedTransformer` are left out where TransformerLens has none.
 
 With `CHECK_SHAPES=1`, shapes and dtypes in annotations are checked while tests and examples run. It makes them take a quarter
-longer, so it is off unless asked for; `tests/test_shapes.py` checks the main path in every run.
+longer, so it is off unless asked for; `tests/test_shapes.py`, a slow test, checks the main path without being asked.
 """
 
 import os

@@ -83,6 +83,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_bridge_gives_the_numbers_of_a_hooked_transformer(ran, tmp_path):
     require_hooked_transformer()  # which the default is then
     assert small(tmp_path, "--backend", "bridge").exit_code == 0

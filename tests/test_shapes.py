@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 from tests.shapes import check_shapes
 
@@ -28,6 +30,7 @@ except TypeCheckError as error:
 """
 
 
+@pytest.mark.slow
 def test_shapes_hold_on_the_main_path_and_a_wrong_one_is_found():
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
