@@ -104,7 +104,7 @@ def require_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query
 
 
 def require_known_tokens(
-    examples: Sequence[Demonstration | Query], d_vocab: int, label_tokens: Sequence[Int[Tensor, "label_pos"]] = ()
+    examples: Sequence[Demonstration | Query], d_vocab: int, label_tokens: Sequence[Int[Tensor, "_label_pos"]] = ()
 ) -> None:
     """Check that examples, their separators and label words, and more label words, were tokenised for a vocabulary of this size, or
     a smaller one.

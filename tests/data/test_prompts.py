@@ -76,7 +76,7 @@ def test_a_demonstration_needs_bos_and_at_least_one_label_token(n_label_tokens):
         Demonstration(torch.tensor([1, 2, 3]), n_label_tokens)
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 def test_a_demonstration_is_one_sequence():
     with pytest.raises(ValueError, match=r"got shape \[1, 3\]"):
         Demonstration(torch.tensor([[1, 2, 3]]), 1)
@@ -88,7 +88,7 @@ def test_a_demonstration_may_be_all_label_and_has_no_separator_by_default():
     assert only_label.label is None
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("tokens", [[1], [], [[1, 2]]])
 def test_a_query_is_one_sequence_of_bos_and_more(tokens):
     with pytest.raises(ValueError, match="BOS and at least one more token"):
@@ -275,6 +275,7 @@ def test_a_text_of_which_a_tokenizer_leaves_nothing_is_named():
         PromptFormat("{text}").prompt(tokenizer, {"text": "\u200b"})
 
 
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int32, torch.uint8])
 def test_tokens_are_numbers_that_embeddings_are_looked_up_by(dtype):
     whole, other = torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1], dtype=dtype)

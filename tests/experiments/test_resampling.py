@@ -218,7 +218,7 @@ def test_a_task_of_equal_values_beside_one_that_varies_is_known_exactly(crossed,
     assert bootstrap_interval([varying, equal]) == pytest.approx(((low + 0.1) / 2, (high + 0.1) / 2))
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize(
     ("values", "message"),
     [(np.ones(3), r"must be \[draw query\]; got shape \[3\]"), (np.array([[1.0, np.inf]]), "some are infinite")],

@@ -96,7 +96,7 @@ def test_half_precision_is_aligned_in_float32():
 BROKEN = torch.eye(3).masked_fill(torch.eye(3) == 1, math.nan)
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [

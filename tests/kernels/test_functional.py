@@ -141,7 +141,7 @@ def test_a_learning_rate_beyond_two_over_the_largest_eigenvalue_is_reported_as_d
         functional_gd(between, torch.zeros_like(to), targets, lr=100.0, steps=step, loss="squared")
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -268,7 +268,7 @@ def test_the_iterates_of_functional_gradient_descent_align_with_themselves():
 GOOD = distributions(3, 4, 2, seed=0)
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -289,7 +289,7 @@ def test_what_is_not_a_trajectory_of_distributions_is_refused_by_name(bad: Tenso
         align_trajectories(GOOD, bad)
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 def test_trajectories_of_other_queries_or_labels_are_refused():
     for other in (distributions(3, 5, 2, seed=0), distributions(3, 4, 3, seed=0), distributions(3, 1, 2, seed=0)):
         with pytest.raises(ValueError, match="same queries and labels"):

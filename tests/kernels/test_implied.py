@@ -311,7 +311,7 @@ def test_demonstrations_that_the_run_did_not_have_are_refused():
             icl_attention(run, others)
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 def test_readings_lengths_and_numbers_that_do_not_fit_are_refused():
     demonstrations = make_demonstrations()
     attribution, n = attributed(make_model("one_layer"), demonstrations), n_tokens(demonstrations)

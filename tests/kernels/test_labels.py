@@ -89,7 +89,7 @@ def test_label_regression_of_half_precision_is_in_float32_and_undefined_without_
     assert found[1].isnan().all()
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 def test_a_kernel_that_does_not_fit_the_labels_is_refused():
     with pytest.raises(ValueError, match=r"kernel must have the shape .* with 6 points; got \[2, 5\]"):
         label_regression(torch.ones(2, 5), LABELS, 3)
@@ -217,7 +217,7 @@ def test_a_ridge_that_is_none_is_refused(ridge):
         kernel_ridge(torch.eye(2), torch.ones(1, 2), torch.eye(2), ridge)
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 def test_kernel_ridge_refuses_kernels_that_do_not_fit():
     with pytest.raises(ValueError, match=r"between_points must have the shape .* with 2 points; got \[3, 3\]"):
         kernel_ridge(torch.eye(3), torch.ones(1, 2), torch.eye(2), 1.0)
@@ -244,7 +244,7 @@ def test_agreement_is_undefined_where_an_entry_is_not_finite():
     assert label_agreement(estimates, target).isnan().tolist() == [False, True, True, True]
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("shape", [(3, 3), (4, 2), (2, 3, 3), (3,)])
 def test_agreement_refuses_other_queries_or_labels(shape):
     with pytest.raises(ValueError, match="not of the same queries and labels"):
@@ -350,7 +350,7 @@ def test_where_no_head_has_a_correlation_the_first_is_scored_at_chance():
     assert chosen.agreement == pytest.approx(1 / 3)
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 def test_head_choice_refuses_too_few_queries_and_other_shapes():
     estimates, target = planted(n=5)
     with pytest.raises(ValueError, match="needs at least 4, got 3"):

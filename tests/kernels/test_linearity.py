@@ -200,7 +200,7 @@ def test_linearity_is_undefined_where_nothing_changes():
     assert found.error[2] == 1.0
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 def test_changes_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"predicted has the shape \[3, 2, 4\], actual \[3, 4, 2\]"):
         linearity(torch.ones(3, 2, 4), torch.ones(3, 4, 2))

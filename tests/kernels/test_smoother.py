@@ -53,7 +53,7 @@ def test_smoothing_takes_whole_numbers_as_values_and_is_undefined_where_no_point
     assert found[1:].isnan().all()
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [

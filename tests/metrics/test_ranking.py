@@ -152,7 +152,7 @@ def test_no_rows_give_no_values(name):
     assert MEASURES[name](torch.zeros(0, 2, 3), torch.zeros(0, 2, 3)).shape == (0, 2)
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("name", MEASURES)
 @pytest.mark.parametrize(("n", "m"), [(3, 4), (1, 3), (1, 1)])
 def test_weightings_of_other_or_too_few_tokens_are_refused(name, n, m):

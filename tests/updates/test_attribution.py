@@ -225,7 +225,7 @@ def test_activations_of_another_model_and_updates_without_tokens_are_refused():
         random_weights(update).attribution(zsl)
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("shape", [(3, 16), (3, 1, 8), (2, 1, 16), (1, 1, 16), (3, 2, 16)])
 def test_directions_of_another_shape_are_refused(shape):
     update, zsl, _ = attributed(make_model("one_layer"))
