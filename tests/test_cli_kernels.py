@@ -44,6 +44,7 @@ def test_kernels_prints_its_tables_and_writes_them(ran):
     assert (tables / "kernels_tangent.md").is_file()
 
 
+@pytest.mark.slow
 def test_episodes_have_seeds_of_their_own_and_the_rate_is_the_one_given(bundled, tmp_path):
     result = small(tmp_path / "out", "--episodes", "2", "--seed", "3", "--lr", "0.05", "--no-twins")
     assert result.exit_code == 0, result.output

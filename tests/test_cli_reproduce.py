@@ -74,6 +74,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_local_model_and_local_data_go_the_same_way_with_the_paper_s_settings(folder, tmp_path):
     tasks = [part for task in ("sst2", "cb") for part in ("--task", task)]
     more = ("--orders", "1", "--control", "random", "--no-pictures", "--out", tmp_path)

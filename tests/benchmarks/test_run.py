@@ -18,6 +18,7 @@ def setting() -> Setting:
     return Setting.of("three layers", make_model(), Sizes(k=3, demonstration=8, queries=3, query=6))
 
 
+@pytest.mark.slow
 def test_every_job_has_a_row_and_is_shown(setting):
     begun: list[str] = []
     frame = run_benchmarks(setting, repeats=1, on_job=begun.append)

@@ -18,6 +18,7 @@ def test_both_run_in_turns_and_the_first_to_run_changes():
     assert found.low <= found.ratio <= found.high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_mark", [True, False])
 def test_peak_memory_is_what_a_run_takes_beyond_what_was_held(kernel_mark, tmp_path):
     # In a process of its own: one that has run much else gives memory back at times of its own choosing.

@@ -221,6 +221,7 @@ def test_markup_in_data_and_names_stays_text(chromium, run, folder, tmp_path):
         assert token.text_content().replace("\xa0", " ") == MARKUP
 
 
+@pytest.mark.slow
 def test_a_large_run_stays_small_and_is_drawn_to_its_last_figure(chromium, run, tmp_path):
     """Six tasks, three draws, 24 layers of 16 heads, and an example of 900 tokens."""
     frame, gradients = run.frames["frame"], run.frames["gradients"]
