@@ -78,7 +78,8 @@ class Cells:
         sink = io.BytesIO()
         with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
             # In one row group: each costs a file's reader as much as its rows do.
-            writer.write_table(pa.concat_tables([_in_schema(table, schema, name) for name, table in tables.items()]))
+            named = [table.add_column(0, PART, pa.array([name] * len(table), pa.string())) for name, table in tables.items()]
+            writer.write_table(pa.concat_tables([in_schema(table, schema) for table in named]))
             says |= {"bytes": sink.tell(), "crc32": zlib.crc32(sink.getbuffer())}
             writer.add_key_value_metadata({ABOUT: json.dumps(says)})
         with written_whole(self.path(digest)) as partial:
@@ -150,10 +151,10 @@ def cell_digest(key: Mapping[str, Any]) -> str:
     return digest_of({"format": RESULTS_FORMAT, **key}, digits=20)
 
 
-def _in_schema(table: pa.Table, schema: pa.Schema, part: str) -> pa.Table:
-    """A part's table with all columns of its cell."""
-    own = {PART: pa.array([part] * len(table), pa.string())} | {name: table[name] for name in table.column_names}
-    columns = [own[field.name].cast(field.type) if field.name in own else pa.nulls(len(table), field.type) for field in schema]
+def in_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table with the columns of a schema, in its order and of its types; those that it lacks are empty."""
+    have = set(table.column_names)
+    columns = [table[field.name].cast(field.type) if field.name in have else pa.nulls(len(table), field.type) for field in schema]
     return pa.table(columns, schema=schema)
 
 

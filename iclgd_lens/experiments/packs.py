@@ -12,10 +12,9 @@ import logging
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from iclgd_lens.experiments.cells import ABOUT, Cells, DamagedCellError, verified
+from iclgd_lens.experiments.cells import ABOUT, Cells, DamagedCellError, in_schema, verified
 from iclgd_lens.files import written_whole
 
 CELL = "cell"
@@ -92,16 +91,17 @@ class Pack:
         """
         kept = self.holds(stamps)
         fresh = sorted(stamps.keys() - kept)
+        held = {digest: stamps[digest] for digest in kept}
         damaged: dict[str, str] = {}
 
         def read(digest: str) -> pa.Table | None:
             try:
                 return cells.table(digest)
             except FileNotFoundError:  # a retry has just taken it away
-                damaged[digest] = "its file is gone"
+                return None
             except DamagedCellError as error:
                 damaged[digest] = str(error)
-            return None
+                return None
 
         with written_whole(self.path) as partial, partial.open("wb") as file:
             sink = _Summed(file)
@@ -110,11 +110,12 @@ class Pack:
                     for batch in self.rows(schema).to_batches(filter=pc.field(CELL).isin([*kept])):
                         writer.write_batch(batch)
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    for some in _chunks(fresh, _AT_ONCE):
+                    for start in range(0, len(fresh), _AT_ONCE):
+                        some = fresh[start : start + _AT_ONCE]
                         tables = zip(some, pool.map(read, some), strict=True)
                         if whole := {digest: table for digest, table in tables if table is not None}:
                             writer.write_table(_together(whole, schema))
-                held = {digest: stamp for digest, stamp in stamps.items() if digest not in damaged}
+                            held |= {digest: stamps[digest] for digest in whole}
                 says = {"cells": held, "bytes": sink.length, "crc32": sink.crc32}
                 writer.add_key_value_metadata({ABOUT: json.dumps(says)})
         return Pack(self.path, held), damaged
@@ -163,24 +164,14 @@ class _Summed:
 
 
 def _together(tables: Mapping[str, pa.Table], schema: pa.Schema) -> pa.Table:
-    """Several cells' rows in one table."""
+    """Several cells' rows in one table, with the column `cell` in front."""
     alike: dict[pa.Schema, dict[str, pa.Table]] = defaultdict(dict)
     for digest, table in tables.items():
         alike[table.schema.remove_metadata()][digest] = table.replace_schema_metadata()
     # What cells leave empty has a type that says nothing, so types are made equal before kinds of cells are put together.
-    return pa.concat_tables([_in_schema(of_a_kind, schema) for of_a_kind in alike.values()])
+    return pa.concat_tables([in_schema(_named(of_a_kind), with_cell(schema)) for of_a_kind in alike.values()])
 
 
-def _in_schema(tables: Mapping[str, pa.Table], schema: pa.Schema) -> pa.Table:
-    names = pa.array(np.repeat([*tables], [len(table) for table in tables.values()]), pa.string())
-    rows = pa.concat_tables(tables.values())
-    columns = [
-        rows[each.name].cast(each.type) if each.name in rows.column_names else pa.nulls(len(rows), each.type) for each in schema
-    ]
-    return pa.table([names, *columns], schema=with_cell(schema))
-
-
-def _chunks(items: Iterable[str], size: int) -> Iterable[list[str]]:
-    left = iter(items)
-    while chunk := list(islice(left, size)):
-        yield chunk
+def _named(tables: Mapping[str, pa.Table]) -> pa.Table:
+    names = np.repeat([*tables], [len(table) for table in tables.values()])
+    return pa.concat_tables(tables.values()).add_column(0, CELL, pa.array(names, pa.string()))
