@@ -139,19 +139,6 @@ def test_models_that_transformer_lens_would_unpickle_are_refused_by_name(name):
             ask(name)
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The names and options that Hugging Face models were asked for with; there is no hub."""
-    found = []
-
-    def fetch(name, **options):
-        found.append((name, options))
-        raise OSError("there is no hub here")
-
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fetch)
-    return found
-
-
 def test_models_for_which_transformer_lens_would_run_the_hub_s_code_get_a_bridge_that_does_not(asked, monkeypatch):
     require_hooked_transformer()
 
