@@ -113,7 +113,9 @@ def test_a_cell_that_is_made_anew_after_packing_is_read_as_it_is_now(tmp_path):
     cells = SweepFolder(tmp_path).cells
     frame = cells.read(files[0].stem)["frame"]
     cells.write(files[0].stem, "the same", {"frame": frame.assign(value=-1.0)})
-    assert (load_results(tmp_path).frame()["value"] == -1.0).sum() == 1
+    found = load_results(tmp_path).frame()
+    assert (found["value"] == -1.0).sum() == 1
+    assert len(found) == len(files)  # and not as it was, too
 
 
 @pytest.mark.usefixtures("worth_it")
@@ -164,3 +166,20 @@ def test_a_pack_that_others_made_anew_since_doubles_no_rows(tmp_path, monkeypatc
     monkeypatch.setattr(sweep_results, "WORTH_PACKING", 1)
     load_results(tmp_path)  # now the pack has all
     assert len(results.frame()) == len(files)
+
+
+@pytest.mark.usefixtures("worth_it")
+def test_a_cell_that_is_taken_away_while_others_are_packed_is_missing_and_not_damaged(tmp_path, monkeypatch):
+    files = run(tmp_path)
+    read = Cells.table
+
+    def table(self: Cells, digest: str) -> Any:
+        if digest == files[0].stem:
+            files[0].unlink()
+        return read(self, digest)
+
+    monkeypatch.setattr(Cells, "table", table)
+    results = load_results(tmp_path)
+    assert not results.damaged
+    assert len(results.frame()) == results.cells == len(files) - 1
+    assert packed(tmp_path) == {file.stem for file in files[1:]}
