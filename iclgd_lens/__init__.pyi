@@ -56,6 +56,7 @@ from .metrics.controls import random_update
 from .metrics.ranking import kendall_tau, shuffled_weights, spearman_rho, top_k_recall
 from .metrics.similarity import alpha, sim_am, sim_am_delta, sim_aou, sim_aou_norm
 from .models.loading import load_model
+from .models.touched import same_at_every_position
 from .models.untrained import untrained_twin
 from .runs.activations import Activations
 from .runs.capture import ATTENTION, capture, capture_batches
@@ -156,6 +157,7 @@ __all__ = [
     "regression_step",
     "reproduce",
     "run_sweep",
+    "same_at_every_position",
     "same_prediction",
     "shuffled_weights",
     "sim_am",

@@ -18,10 +18,10 @@ from iclgd_lens.data.prompts import Demonstration, Query
 from iclgd_lens.kernels.tangent import first_label_tokens
 from iclgd_lens.metrics.similarity import cosine
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.precision import wide, wide_dtype
+from iclgd_lens.models.precision import ordinary_modes, wide, wide_dtype
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook, sites_of
-from iclgd_lens.runs.capture import batches_by_length
+from iclgd_lens.runs.passes import passes
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.dual import ALL_PARAMETERS, ParameterUpdate, Schedule
 from iclgd_lens.updates.gradient import lcgd
@@ -103,8 +103,8 @@ def own_layer_change(
     sites, firsts = sites_of(model), first_label_tokens(queries).to(model.cfg.device)
     lens = LogitLens.of(model, firsts)
     change = torch.zeros(sites.n_layers, len(queries), len(firsts), dtype=wide_dtype(model.cfg.dtype), device=model.cfg.device)
-    with torch.no_grad():
-        for rows in batches_by_length([len(query.tokens) for query in queries], batch_size, sites.exchangeable_padding):
+    with ordinary_modes():
+        for rows in (found.rows for found in passes(sites, [len(query.tokens) for query in queries], batch_size=batch_size)):
             prompts = [queries[row].tokens for row in rows.tolist()]
             streams: dict[int, Float[Tensor, "batch pos d_model"]] = {}
             before = _label_logits(sites, prompts, lens, streams)

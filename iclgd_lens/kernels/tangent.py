@@ -36,10 +36,10 @@ from torch import Tensor
 from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, Query
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.precision import wide, wide_dtype
+from iclgd_lens.models.precision import ordinary_modes, wide, wide_dtype
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook, sites_of
-from iclgd_lens.runs.capture import batches_by_length
+from iclgd_lens.runs.passes import passes
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.backward import Recorder, pull_back
 from iclgd_lens.updates.dual import ALL_PARAMETERS, require_parameters
@@ -88,8 +88,7 @@ class TangentKernel:
         return self.to_queries.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@ordinary_modes()
 def tangent_kernel(
     model: HookedModel,
     demonstrations: Sequence[Demonstration],
@@ -116,6 +115,7 @@ def tangent_kernel(
             is unknown.
     """
     sites, firsts = sites_of(model), first_label_tokens(queries)
+    sites.require_trainable()
     targets = torch.nn.functional.one_hot(_label_indices(demonstrations, len(firsts)), len(firsts))
     require_known_tokens([*demonstrations, *queries], model.cfg.d_vocab)
     trained = require_parameters(parameters)
@@ -194,7 +194,7 @@ class _Reader:
         lengths = [len(prompt) for prompt in prompts]
         whole = Prefix.empty(self.sites)
         with torch.enable_grad():
-            for rows in batches_by_length(lengths, self.batch_size, self.sites.exchangeable_padding):
+            for rows in (found.rows for found in passes(self.sites, lengths, batch_size=self.batch_size)):
                 hooks: list[NamedHook] = []
                 recorder = Recorder(self.sites, self.trained)
                 for layer in range(self.sites.n_layers):

@@ -12,7 +12,7 @@ settings for single layers. This module is the one place that knows these names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 _WINDOW = re.compile(r"window|(attention|attn).*chunk|^local_(attention|attn)|index_topk")
@@ -104,6 +104,16 @@ def rope_switches(config: Any) -> tuple[RopeSwitch, ...]:
             elif kind is not None and "dynamic" in kind:
                 found.add(RopeSwitch("dynamic", whole))
     return tuple(sorted(found))
+
+
+def frequencies_at(switches: Iterable[RopeSwitch], length: int) -> tuple[int, ...]:
+    """Tell the rotary frequencies of forward passes of different lengths apart: equal for lengths that have the same.
+
+    Args:
+        switches: What `rope_switches` found.
+        length: How many tokens a forward pass has, cached ones included.
+    """
+    return tuple(max(length, each.length) if each.kind == "dynamic" else int(length > each.length) for each in switches)
 
 
 def lengths_of_change(config: Any) -> tuple[int, ...]:

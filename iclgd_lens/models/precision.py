@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,3 +18,22 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Cast to at least float32; a tensor that is wide already is returned as it is."""
     return x.to(wide_dtype(x.dtype))
+
+
+@contextmanager
+def ordinary_modes() -> Iterator[None]:
+    """Compute as torch does when nothing is set: in the dtypes of the tensors, on tensors' own devices and not under inference mode,
+    without gradients until they are switched on. What the caller has set holds again afterwards.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if (default := torch.get_default_dtype()) != torch.float32:
+            stack.callback(torch.set_default_dtype, default)
+            torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield

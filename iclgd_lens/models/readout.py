@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from iclgd_lens.models.hooked import HookedModel, is_bridge
+from iclgd_lens.models.linear_maps import linear_map
 from iclgd_lens.models.precision import wide
 
 COLUMNS_AT_ONCE, COLUMNS_AT_ONCE_ON_CPU = 2**14, 2**11
@@ -121,9 +122,8 @@ class LogitLens:
 def _unembedding(model: Any) -> tuple[Float[Tensor, "d_model token"], Float[Tensor, "token"]]:
     if not is_bridge(model):
         return model.unembed.W_U, model.unembed.b_U
-    linear = model.unembed.original_component
-    bias = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
-    return linear.weight.T, bias
+    weight, bias = linear_map(model.unembed.original_component, model.cfg.d_model, model.cfg.dtype, "the unembedding")
+    return weight, weight.new_zeros(weight.shape[1]) if bias is None else bias
 
 
 def _final_norm(model: Any, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:

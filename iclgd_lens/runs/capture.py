@@ -14,10 +14,9 @@ in-context (`context=`) and finetuned (`update=`). All are read at the last toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Protocol, get_args
 
 import torch
@@ -29,8 +28,10 @@ from iclgd_lens.data.episodes import require_fit, require_known_tokens
 from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, context_tokens, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
+from iclgd_lens.models.precision import ordinary_modes
 from iclgd_lens.models.sites import HookSites, sites_of
 from iclgd_lens.runs.activations import OF_CONTEXT, Activations, AttentionPart, Kept
+from iclgd_lens.runs.passes import passes
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.runs.reader import Reader
 
@@ -41,12 +42,6 @@ DEFAULT: tuple[Kept, ...] = ("attn_out", "query_scores", "context_scores", "labe
 """What `capture` keeps if it is not told, as far as the run has it."""
 
 _OF_LABELS: tuple[Kept, ...] = ("label_log_probs", "lens_logits")
-
-
-WORKING_BYTES, WORKING_BYTES_ON_CPU = 2**30, 64 * 2**20
-"""About what a layer may hold for a batch of automatic size. On processors larger batches are slower, as they overflow the caches:
-64 queries behind 900 tokens took GPT-2-small 0.75 times as long in batches of 8 as in batches of 32.
-"""
 
 
 class Attachable(Protocol):
@@ -67,9 +62,11 @@ def capture(
 ) -> Activations:
     """Run queries and read every attention layer at each query's last token.
 
-    The context, or BOS alone, runs once; the queries run behind its cached keys and values, in batches of similar length, padded
-    on the left. Hooks that are already on the model act in every run; but label words are read out from the residual stream
-    (`models/readout.py`), so hooks on the final norm and the unembedding are not seen.
+    The results are those of every prompt run whole and by itself. Where nobody can tell, the context, or BOS alone, runs once, and
+    the queries run after its cached keys and values, in batches of similar length (`runs/passes.py`). Hooks that are already on the
+    model act, and see every prompt whole, one by one, in the order of `queries`; a label word of several tokens takes a further pass
+    over the prompt and the word. Label words are read out from the residual stream (`models/readout.py`), so hooks on the final norm
+    and the unembedding are not seen.
 
     Kept are, for every query and layer: `d_model` numbers each for `attn_out`, `residual`, `head_out` and `demonstration_out`;
     `heads` times the query's length, the context's length or the number of demonstrations for scores and attention to these; and
@@ -84,8 +81,8 @@ def capture(
         update: A `ParameterUpdate` to attach while running, to the context's tokens too.
         keep: Which fields of `Activations` to fill. By default those of `DEFAULT` that the run has: `context_scores` needs a
             context, `label_log_probs` and `lens_logits` need label words.
-        batch_size: How many queries run at once; by default so many that a layer holds about `WORKING_BYTES` for them. It changes
-            memory and time, not the result.
+        batch_size: How many queries run at once at most; by default so many that a layer holds about `WORKING_BYTES` for them. It
+            changes memory and time, not the result.
 
     Raises:
         TypeError: If the model is neither a `HookedTransformer` nor a `TransformerBridge`.
@@ -99,9 +96,8 @@ def capture(
     request = _Request.of(model, queries, context, keep, batch_size)
     with request.running(update):
         prefix = request.prefix()
-        reader = request.reader(prefix, range(len(queries)))
-        for rows in request.batches(prefix):
-            reader.read(rows)
+        reader = request.reader(prefix, range(len(request.queries)))
+        request.fill(reader, prefix)
     return request.activations(reader, slice(None), updated=update is not None)
 
 
@@ -124,10 +120,16 @@ def capture_batches(
     request = _Request.of(model, queries, context, keep, batch_size)
     with request.running():
         prefix = request.prefix()
-    for rows in request.batches(prefix):
+    lengths = [len(query.tokens) for query in request.queries]
+    # In the order given where a user's hooks are on, and by length otherwise, so that few batches split into several passes.
+    order = list(range(len(lengths)))
+    if not request.sites.what_tells_prompts_apart():
+        order.sort(key=lengths.__getitem__)
+    for start in range(0, len(order), batch_size):
+        rows = torch.tensor(order[start : start + batch_size])
         with request.running():
             reader = request.reader(prefix, rows.tolist())
-            reader.read(torch.arange(len(rows)))
+            request.fill(reader, prefix)
         yield rows, request.activations(reader, rows)
 
 
@@ -139,7 +141,7 @@ class _Request:
     queries: Sequence[Query]
     context: Sequence[Demonstration] | None
     wanted: tuple[Kept, ...]
-    batch_size: int
+    batch_size: int | None
 
     @classmethod
     def of(
@@ -150,6 +152,7 @@ class _Request:
         keep: Sequence[Kept] | None,
         batch_size: int | None,
     ) -> _Request:
+        queries, context = tuple(queries), None if context is None else tuple(context)
         sites = sites_of(model)
         label_tokens = _common_label_tokens(queries)
         if batch_size is not None:
@@ -162,22 +165,14 @@ class _Request:
         wanted = _wanted(keep, has_context=context is not None, has_labels=bool(label_tokens))
         if set(wanted) & {"own_values", "score_gradients"}:
             sites.require_separate_heads()
-        if batch_size is None:
-            longest = max(len(query.tokens) for query in queries)
-            batch_size = fitting_batch_size(sites, longest, len(context_tokens(context)) if context else 1)
+        if "score_gradients" in wanted:
+            sites.require_trainable()
         return cls(sites, queries, context, wanted, batch_size)
 
     @contextmanager
     def running(self, update: Attachable | None = None) -> Iterator[None]:
         """Run within: without gradients but for those that are wanted, and with the update attached."""
-        with ExitStack() as stack:
-            modes: list[AbstractContextManager[Any]] = [torch.no_grad()]
-            if "score_gradients" in self.wanted:
-                modes.insert(0, torch.inference_mode(False))
-            if update is not None:
-                modes.append(update.attached(self.sites.model))
-            for mode in modes:
-                stack.enter_context(mode)
+        with ordinary_modes(), nullcontext() if update is None else update.attached(self.sites.model):
             yield
 
     @property
@@ -190,10 +185,20 @@ class _Request:
         if self.runs_whole:
             return Prefix.empty(self.sites)
         tokens = self.queries[0].tokens[:1] if self.context is None else context_tokens(self.context)
-        return Prefix.run(self.sites, tokens)
+        return (Prefix.unrun if self.sites.what_tells_prompts_apart() else Prefix.run)(self.sites, tokens)
 
-    def batches(self, prefix: Prefix) -> Iterator[Int[Tensor, "batch"]]:
-        return batches_by_length([len(query.tokens) for query in self.queries], self.batch_size, prefix.exchangeable_padding)
+    def fill(self, reader: Reader, prefix: Prefix) -> None:
+        """Run the prompts of a reader, in as many passes as they need."""
+        n_after = max((len(tokens) - 1 for tokens in reader.label_tokens), default=0) if "label_log_probs" in self.wanted else 0
+        for found in passes(
+            self.sites,
+            [len(body) for body in reader.bodies],
+            prefix.length,
+            cached=prefix.cache is not None,
+            n_after=n_after,
+            batch_size=self.batch_size,
+        ):
+            reader.read(found.rows, prefix.whole() if found.whole else prefix)
 
     def reader(self, prefix: Prefix, rows: Sequence[int]) -> Reader:
         """Make buffers for some of the queries."""
@@ -218,7 +223,7 @@ class _Request:
         )
 
 
-def _wanted(keep: Sequence[Kept] | None, *, has_context: bool, has_labels: bool) -> tuple[Kept, ...]:
+def _wanted(keep: Iterable[Kept] | None, *, has_context: bool, has_labels: bool) -> tuple[Kept, ...]:
     impossible: dict[Kept, str] = {}
     if not has_context:
         impossible |= dict.fromkeys(OF_CONTEXT, "there is no context")
@@ -228,13 +233,14 @@ def _wanted(keep: Sequence[Kept] | None, *, has_context: bool, has_labels: bool)
         impossible |= dict.fromkeys(_OF_LABELS, "the queries have no label words")
     if keep is None:
         return tuple(name for name in DEFAULT if name not in impossible)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
     known = [*get_args(Kept)]
     for name in keep:
         if name not in known:
             raise ValueError(f"keep may name {', '.join(known)}; got {name!r}")
         if name in impossible:
             raise ValueError(f"keep names {name!r}, but {impossible[name]}")
-    return tuple(keep)
+    return keep
 
 
 def _common_label_tokens(queries: Sequence[Query]) -> tuple[Int[Tensor, "_label_pos"], ...]:
@@ -245,28 +251,3 @@ def _common_label_tokens(queries: Sequence[Query]) -> tuple[Int[Tensor, "_label_
         if query.label_tokens is not queries[0].label_tokens and [t.tolist() for t in query.label_tokens] != first:
             raise ValueError(f"query {number} has other label words than query 0; capture them apart")
     return queries[0].label_tokens
-
-
-def fitting_batch_size(sites: HookSites, n_own: int, n_before: int) -> int:
-    """How many prompts to run at once, so that a layer holds about `WORKING_BYTES` for them.
-
-    Args:
-        sites: The model's.
-        n_own: How many tokens each prompt has of its own.
-        n_before: How many they share.
-    """
-    cfg = sites.model.cfg
-    # Keys and values joined to those in front, scores on their way to a pattern, hidden units, and logits.
-    attention = (n_before + n_own) * (2 * sites.n_kv_heads * cfg.d_head + 3 * cfg.n_heads * n_own)
-    rest = 4 * n_own * (cfg.d_mlp or 0) + 2 * cfg.d_vocab
-    budget = WORKING_BYTES_ON_CPU if str(cfg.device) == "cpu" else WORKING_BYTES
-    return max(1, budget // ((attention + rest) * cfg.dtype.itemsize))
-
-
-def batches_by_length(lengths: Sequence[int], batch_size: int, exchangeable_padding: bool) -> Iterator[Int[Tensor, "batch"]]:
-    """Split rows into batches of similar length, or of equal length where padding would change attention."""
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    groups = [order] if exchangeable_padding else [list(group) for _, group in groupby(order, key=lambda row: lengths[row])]
-    for group in groups:
-        for start in range(0, len(group), batch_size):
-            yield torch.tensor(group[start : start + batch_size])

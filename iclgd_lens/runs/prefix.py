@@ -1,15 +1,14 @@
 """Prompts that share their beginning: the shared part runs once, and its keys and values are reused.
 
-All queries of an episode stand behind the same tokens: BOS and the demonstrations in-context, BOS alone otherwise. A `Prefix`
-holds the keys and values of those tokens, so that a batch of queries costs a forward pass over the queries' own tokens only.
-Hooks on the model fire in both runs.
+All queries of an episode come after the same tokens: BOS and the demonstrations in-context, BOS alone otherwise. A `Prefix`
+holds the keys and values of those tokens, so that a batch of queries costs a forward pass over the queries' own tokens only. Which
+prompts may share a beginning so is for `runs/passes.py` to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +40,11 @@ class Prefix:
         return cls(sites, tokens, run_into_cache(sites, tokens))
 
     @classmethod
+    def unrun(cls, sites: HookSites, tokens: Int[Tensor, "pos"]) -> Prefix:
+        """A beginning of prompts that all run whole."""
+        return cls(sites, tokens.to(sites.model.cfg.device), None)
+
+    @classmethod
     def empty(cls, sites: HookSites) -> Prefix:
         """The beginning of prompts that share nothing, or that are to be run whole."""
         return cls(sites, torch.empty(0, dtype=torch.long, device=sites.model.cfg.device), None)
@@ -50,27 +54,17 @@ class Prefix:
         """How many tokens it has."""
         return len(self.tokens)
 
-    @property
-    def exchangeable_padding(self) -> bool:
-        """Whether continuations of different lengths may run in one batch: padded prompts that run whole do not begin together."""
-        return self.sites.exchangeable_padding and (self.cache is not None or self.length == 0)
-
     def keys(self, layer: int) -> Float[Tensor, "pos kv_head d_head"] | None:
         """The keys of its tokens at a layer, as attention there multiplies them; None where prompts run whole."""
         return None if self.cache is None else self.cache.keys(layer)
 
-    def values(self, layer: int) -> Float[Tensor, "pos kv_head d_head"]:
-        """The values of its tokens at a layer, as attention there averages them."""
-        return self._values_seen[layer] if self.cache is None else self.cache.values(layer)
+    def values(self, layer: int) -> Float[Tensor, "pos kv_head d_head"] | None:
+        """The values of its tokens at a layer, as attention there averages them; None where prompts run whole."""
+        return None if self.cache is None else self.cache.values(layer)
 
-    @cached_property
-    def _values_seen(self) -> list[Float[Tensor, "pos kv_head d_head"]]:
-        """Every layer's values, as a hook sees them."""
-        seen: list[Tensor] = []
-        hooks = [(name, lambda values, hook: seen.append(values[0].detach())) for name in self.sites.values]
-        with self.sites.attach(hooks, first_at_projections=False):
-            self.sites.run(self.tokens[None], torch.ones_like(self.tokens[None]))
-        return seen
+    def whole(self) -> Prefix:
+        """The same beginning for prompts that run whole."""
+        return replace(self, cache=None)
 
     def continue_with(self, bodies: Sequence[Int[Tensor, "_pos"]], fwd_hooks: Sequence[NamedHook]) -> None:
         """Run a batch of continuations, each padded on the left to the longest, for what the hooks see.

@@ -40,9 +40,9 @@ class Reader:
 
     Args:
         sites: Where the model is read.
-        prefix: What the queries run behind.
+        prefix: What the queries come after.
         wanted: What is to be kept.
-        bodies: The queries' tokens behind the prefix.
+        bodies: The queries' tokens after the prefix.
         label_tokens: The tokens of each label word.
         layout: Which demonstration each token of the prefix belongs to, where it holds any.
     """
@@ -57,7 +57,7 @@ class Reader:
         layout: ContextLayout | None,
     ) -> None:
         cfg, n, longest = sites.model.cfg, len(bodies), max(map(len, bodies))
-        self.sites, self.prefix, self.bodies = sites, prefix, bodies
+        self.sites, self.n_before, self.bodies = sites, prefix.length, bodies
         self.label_tokens = tuple(tokens.to(cfg.device) for tokens in label_tokens)
         self.output = LogitLens.of(sites.model)
         if label_tokens:
@@ -93,10 +93,15 @@ class Reader:
         lengths = torch.tensor([len(body) - (prefix.length == 0) for body in bodies], device=cfg.device)
         self.query_mask = torch.arange(longest_query, device=cfg.device) >= longest_query - lengths[:, None]
 
-    def read(self, rows: Int[Tensor, "batch"]) -> None:
-        """Run one batch of queries and keep what is wanted of it."""
+    def read(self, rows: Int[Tensor, "batch"], prefix: Prefix) -> None:
+        """Run some of the queries together and keep what is wanted of them.
+
+        Args:
+            rows: Which of them.
+            prefix: What they come after: the prefix that the reader was made with, or the same without its cache.
+        """
         bodies = [self.bodies[row] for row in rows.tolist()]
-        batch = _Batch(self, rows, max(map(len, bodies)))
+        batch = _Batch(self, prefix, rows, max(map(len, bodies)))
         final: list[Float[Tensor, "batch d_model"]] = []
         hooks: list[NamedHook] = []
         for layer in range(self.sites.n_layers):
@@ -105,32 +110,50 @@ class Reader:
             hooks.append((self.sites.residual_out[-1], lambda residual, hook: final.append(residual[:, -1].detach())))
         gradients: AbstractContextManager[Any] = torch.enable_grad() if "score_gradients" in self.kept else nullcontext()
         with gradients, self.sites.attach(batch.leaves()):
-            self.prefix.continue_with(bodies, hooks)
+            prefix.continue_with(bodies, hooks)
         batch.require_plain_attention()
         if final:
-            self.kept["label_log_probs"][rows] = self._score_labels(bodies, final[0])
+            self.kept["label_log_probs"][rows] = self._score_labels(prefix, bodies, final[0])
 
     def _score_labels(
-        self, bodies: list[Int[Tensor, "_pos"]], final: Float[Tensor, "batch d_model"]
+        self, prefix: Prefix, bodies: list[Int[Tensor, "_pos"]], final: Float[Tensor, "batch d_model"]
     ) -> Float[Tensor, "batch label"]:
-        """Mean log-likelihood of every label word's tokens; a word's later tokens are read behind its earlier ones."""
+        """Mean log-likelihood of every label word's tokens; a word's later tokens are read after its earlier ones."""
         first = self._log_probs(final)
-        return torch.stack(
-            [
-                (first[:, tokens[0]] + self._rest_log_prob(bodies, tokens)) / len(tokens)
-                if len(tokens) > 1
-                else first[:, tokens[0]]
-                for tokens in self.label_tokens
-            ],
-            dim=-1,
-        )
 
-    def _rest_log_prob(self, bodies: list[Int[Tensor, "_pos"]], tokens: Int[Tensor, "label_pos"]) -> Float[Tensor, "batch"]:
+        def score(tokens: Int[Tensor, "label_pos"]) -> Float[Tensor, "batch"]:
+            total = first[:, tokens[0]].clone()
+            changed = self._with_other_frequencies(bodies, len(tokens))
+            rows = [row for row in range(len(bodies)) if row not in changed]
+            if rows and len(tokens) > 1:
+                total[rows] += self._rest_log_prob(prefix, [bodies[row] for row in rows], tokens)
+            for row in changed:
+                total[row] = self._sum_of_whole(prefix, bodies[row], tokens)
+            return total / len(tokens)
+
+        return torch.stack([score(tokens) for tokens in self.label_tokens], dim=-1)
+
+    def _with_other_frequencies(self, bodies: list[Int[Tensor, "_pos"]], n_label: int) -> list[int]:
+        """The prompts whose rotary frequencies are others once a label word comes after them."""
+        at = self.sites.frequencies_at
+        lengths = [self.n_before + len(body) for body in bodies]
+        return [row for row, length in enumerate(lengths) if at(length) != at(length + n_label)]
+
+    def _sum_of_whole(self, prefix: Prefix, body: Int[Tensor, "pos"], tokens: Int[Tensor, "label_pos"]) -> Float[Tensor, ""]:
+        """Summed log-likelihood of a label word's tokens, the prompt and the word being run whole, as one sequence."""
+        seen: list[Float[Tensor, "label_pos d_model"]] = []
+        keep = (self.sites.residual_out[-1], lambda residual, hook: seen.append(residual[0, -len(tokens) - 1 : -1]))
+        prefix.whole().continue_with([torch.cat([body, tokens.to(body.device)])], [keep])
+        return self._log_probs(seen[0]).gather(-1, tokens[:, None]).sum()
+
+    def _rest_log_prob(
+        self, prefix: Prefix, bodies: list[Int[Tensor, "_pos"]], tokens: Int[Tensor, "label_pos"]
+    ) -> Float[Tensor, "batch"]:
         """Summed log-likelihood of a label word's tokens after the first."""
         seen: list[Float[Tensor, "batch label_pos d_model"]] = []
         n_rest = len(tokens) - 1
         keep_last = (self.sites.residual_out[-1], lambda residual, hook: seen.append(residual[:, -n_rest:]))
-        self.prefix.continue_with([torch.cat([body, tokens[:-1].to(body.device)]) for body in bodies], [keep_last])
+        prefix.continue_with([torch.cat([body, tokens[:-1].to(body.device)]) for body in bodies], [keep_last])
         log_probs = self._log_probs(seen[0])
         targets = tokens[1:].expand(len(bodies), -1)
         return log_probs.gather(-1, targets[..., None]).squeeze(-1).sum(-1)
@@ -142,13 +165,15 @@ class Reader:
 class _Batch:
     """The hooks that read one batch of queries into the buffers of a reader."""
 
-    def __init__(self, reader: Reader, rows: Int[Tensor, "batch"], width: int) -> None:
-        self.reader, self.rows, self.width = reader, rows, width
-        self.sites, self.prefix, self.kept = reader.sites, reader.prefix, reader.kept
+    def __init__(self, reader: Reader, prefix: Prefix, rows: Int[Tensor, "batch"], width: int) -> None:
+        self.reader, self.prefix, self.rows, self.width = reader, prefix, rows, width
+        self.sites, self.kept = reader.sites, reader.kept
         # What gradients are taken of, layer by layer, and dropped with the layer.
         self.seen: list[dict[str, Tensor]] = [{} for _ in range(self.sites.n_layers)]
         # Per layer, whether gradients were as they should be; asked once, at the end, so that no layer waits for a GPU.
         self.as_expected: list[Bool[Tensor, "projection"]] = []
+        # Per layer, whether heads put out their pattern times the values.
+        self.mixed_as_expected: list[Bool[Tensor, "1"]] = []
         mask = reader.query_mask[rows]
         # A prompt's own tokens: behind no prefix, its BOS stands just before the first token of the query.
         self.own_mask = (torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1) if self.prefix.length == 0 else mask)[:, -width:]
@@ -172,8 +197,6 @@ class _Batch:
         before = self.prefix.keys(layer)
         in_front = self.own_mask.new_ones(len(self.own_mask), self.prefix.length if before is None else 0)
         keys = Keys(before, torch.cat([in_front, self.own_mask], dim=1))
-        # Asked for here, as a prefix that is not cached runs for them, and must not while a batch does.
-        values = self.prefix.values(layer) if "demonstration_out" in wants else None
         hooks: list[NamedHook] = []
 
         def at(name: str, read: Callable[[int, Tensor], Tensor | None], *kept: Kept) -> None:
@@ -196,7 +219,7 @@ class _Batch:
         if wants & {"query_scores", "context_scores"}:
             hooks += sites.at_scores(layer, keys, lambda last: self._scores(layer, last.detach()))
         if wants & {"own_pattern", "demonstration_attention", "label_attention", "demonstration_out"}:
-            hooks += sites.at_pattern(layer, keys, lambda last: self._pattern(layer, wide(last.detach()), values))
+            hooks += self._attention_parts(layer, keys)
         at(sites.residual_out[layer], self._lens, "lens_logits")
         return hooks
 
@@ -215,22 +238,37 @@ class _Batch:
         if "context_scores" in self.kept:
             self.kept["context_scores"][self.rows, layer] = last[:, :, 1 : self.prefix.length]
 
-    def _pattern(
-        self, layer: int, last: Float[Tensor, "batch head key_pos"], values: Float[Tensor, "pos kv_head d_head"] | None
-    ) -> None:
-        context = last[:, :, 1 : self.prefix.length]
+    def _attention_parts(self, layer: int, keys: Keys) -> list[NamedHook]:
+        """The hooks that read a layer's pattern, and with it what heads make of demonstrations."""
+        seen: dict[str, Tensor] = {}
+        at_pattern = self.sites.at_pattern(layer, keys, lambda last: seen.update(pattern=wide(last.detach())))
+        # A pattern may be at hand only once keys are, before values are: what is made of both waits for the heads' output.
+        at_values = (self.sites.values[layer], lambda values, hook: seen.update(values=values.detach()))
+        at_heads = (self.sites.head_out[layer], lambda heads, hook: self._pattern(layer, seen, heads.detach()))
+        return [*at_pattern, at_values, at_heads]
+
+    def _pattern(self, layer: int, seen: dict[str, Float[Tensor, "..."]], heads: Float[Tensor, "batch pos head d_head"]) -> None:
+        last, n_before = seen["pattern"], self.prefix.length
+        context = last[:, :, 1:n_before]
         for name in self.kept.keys() & {"demonstration_attention", "label_attention"}:
             self.kept[name][self.rows, layer] = context @ self.reader.spans[name]
-        if values is not None:
-            values = wide(values[1:])
-            grouped = rearrange(context, "batch (kv_head group) pos -> batch kv_head group pos", kv_head=values.shape[1])
-            out = einsum(grouped, values, "batch kv_head group pos, pos kv_head d_head -> batch kv_head group d_head")
-            self.kept["demonstration_out"][self.rows, layer] = out.flatten(1, 2)
+        if "demonstration_out" in self.kept:
+            before, own = self.prefix.values(layer), wide(seen["values"])
+            if before is None:  # prompts run whole, and the values of what they begin with are among their own
+                from_context = _attended(context, own[:, 1:n_before])
+                from_all = _attended(last, own)
+            else:
+                shared = wide(before)[None]
+                from_context = _attended(context, shared[:, 1:])
+                from_all = _attended(last[:, :, :n_before], shared) + _attended(last[:, :, n_before:], own)
+            self.kept["demonstration_out"][self.rows, layer] = from_context
+            self.mixed_as_expected.append(_are_close(from_all, wide(heads[:, -1]), heads.dtype))
         if "own_pattern" in self.kept:
             self.kept["own_pattern"][self.rows, layer, :, -self.width :] = last.masked_fill(~self.own_mask[:, None], 0.0)
+        seen.clear()
 
     def _inputs(self, layer: int, seen: Float[Tensor, "batch pos d_model"]) -> None:
-        self._keep_own("own_inputs", layer, self.sites.project_from(layer, seen).detach())
+        self._keep_own("own_inputs", layer, seen.detach())
 
     def _values(self, layer: int, values: Float[Tensor, "batch pos kv_head d_head"]) -> None:
         self._keep_own("own_values", layer, values.detach())
@@ -269,7 +307,9 @@ class _Batch:
             values = repeat(
                 wide(seen["attended"]), "batch pos kv_head d_head -> batch pos (kv_head group) d_head", group=heads // kv_heads
             )
-            direction = torch.randn(last.shape[1:], generator=torch.Generator().manual_seed(layer)).to(last)
+            direction = torch.randn(
+                last.shape[1:], generator=torch.Generator().manual_seed(layer), dtype=torch.float32, device="cpu"
+            ).to(last)
             along = einsum(values - last[:, None], direction, "batch pos head d_head, head d_head -> batch pos head")
             weights = rearrange(pattern, "batch head pos -> batch pos head 1")
             expected = (weights * direction, weights * along[..., None] * gradients)
@@ -297,20 +337,41 @@ class _Batch:
         return check
 
     def require_plain_attention(self) -> None:
-        """Check that in every layer that gave gradients they were what attribution takes them to be.
+        """Check that attention in every layer was what is made of its parts takes it to be.
 
         Raises:
             ValueError: If not, naming the first layer.
         """
-        if not self.as_expected:
-            return
-        edited = ~torch.stack(self.as_expected).all(dim=1)
-        if bool(edited.any()):
-            layer = int(edited.nonzero()[0, 0])
-            raise ValueError(
-                f"attention in layer {layer} is not the softmax of its scores times what the value projection puts out: a hook "
-                "edits something between them. Attribution cannot follow it; take the hook off, or capture without score_gradients"
-            )
+        for kept, found in (("score_gradients", self.as_expected), ("demonstration_out", self.mixed_as_expected)):
+            if not found:
+                continue
+            edited = ~torch.stack(found).all(dim=1)
+            if bool(edited.any()):
+                layer = int(edited.nonzero()[0, 0])
+                raise ValueError(
+                    f"attention in layer {layer} does not hand the output projection the softmax of its scores times what the value "
+                    "projection puts out: a hook edits something between them, or the model has a module there, such as a norm or a "
+                    f"gate after the heads. What demonstrations and tokens contribute cannot be told then; take the hook off, or "
+                    f"capture without {kept}"
+                )
 
     def _lens(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> None:
         self.kept["lens_logits"][self.rows, layer] = self.reader.lens(residual[:, -1].detach())
+
+
+def _attended(
+    pattern: Float[Tensor, "batch head pos"], values: Float[Tensor, "#batch pos kv_head d_head"]
+) -> Float[Tensor, "batch head d_head"]:
+    """`Σⱼ A(q, j) vⱼ` for every head."""
+    grouped = rearrange(pattern, "batch (kv_head group) pos -> batch kv_head group pos", kv_head=values.shape[2])
+    by_head = rearrange(values, "batch pos kv_head d_head -> batch kv_head pos d_head")
+    return (grouped @ by_head).flatten(1, 2)
+
+
+def _are_close(
+    a: Float[Tensor, "batch head d_head"], b: Float[Tensor, "batch head d_head"], stored: torch.dtype
+) -> Bool[Tensor, "1"]:
+    """Whether vectors are the same but for rounding, which is relative to the longest."""
+    tolerance = GRADIENT_TOLERANCE if stored == a.dtype else HALF_GRADIENT_TOLERANCE
+    longest = torch.maximum(a.norm(dim=-1), b.norm(dim=-1)).max()
+    return ((a - b).norm(dim=-1).max() <= tolerance * longest)[None]

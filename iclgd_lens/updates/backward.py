@@ -163,7 +163,6 @@ class Recorder:
         """Hooks that record one layer; with `cut`, its projections' outputs become leaves of the graph, which begins there."""
 
         def record_input(projection_in: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-            # Not projected yet: TransformerLens norms the same input for queries, keys and values.
             self._seen[layer] = projection_in.detach()
 
         def record_output(projected: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> Tensor:
@@ -187,7 +186,7 @@ class Recorder:
 
     def take_inputs(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """Hand over what the projections of a layer multiplied."""
-        return self.sites.project_from(layer, self._seen.pop(layer)).detach()
+        return self._seen.pop(layer)
 
     def gradients(self, found: Sequence[tuple[Tensor, ...]], loss: Tensor) -> Gradients:
         """Sort gradients, given in the order of `outputs`, into keys and values."""

@@ -207,14 +207,20 @@ class ParameterUpdate:
     def fwd_hooks(self, model: HookedModel) -> list[NamedHook]:
         """Make the hooks under which `model` runs as if it had been updated, for `model.run_with_hooks(fwd_hooks=...)`.
 
-        Hooks run in list order, after those that are on the model already. At keys and values, hooks of your own after these see
-        the updated ones. These read the projections' input at `ln1.hook_normalized`, or at `hook_resid_pre` in models without a
-        norm there; hooks of your own that edit that very place belong before these.
-        The hooks hold ΔW, as much memory as the trained parameters themselves.
+        Hooks run in list order, after those that are on the model already. At keys and values, hooks of your own that come later in
+        the list see the updated ones. A `HookedTransformer` has no hook point at the projections' input, so there these hooks read
+        `ln1.hook_normalized`, or `hook_resid_pre` in models without a norm before attention; on a bridge they read
+        `attn.k.hook_in`. Hooks of your own that edit that very place belong before these. `attached` has no such limit on a
+        `HookedTransformer`. The hooks hold ΔW, as much memory as the trained parameters themselves.
 
         Raises:
-            ValueError: If the update was made on another model.
+            ValueError: If the update was made on another model, or a torch hook edits the projections' input after the last hook
+                point before them.
         """
+        return sites_of(model).by_name(self._hooks(model))
+
+    def _hooks(self, model: HookedModel) -> list[NamedHook]:
+        """The hooks that `attached` puts on."""
         if (found := fingerprint(model)) != self.fingerprint:
             raise ValueError(
                 f"this update belongs to another model: it was made on one with fingerprint {self.fingerprint}, and this one "
@@ -231,15 +237,16 @@ class ParameterUpdate:
     def attached(self, model: HookedModel) -> Iterator[HookedModel]:
         """Run `model` as if it had been updated, within a `with` block; afterwards, also after an exception, it is as before.
 
-        Hooks of your own act as on a model with updated weights, those that are on it already and those that you add inside, with
-        one exception: an edit of `ln1.hook_normalized` (of `hook_resid_pre` in models without a norm there) that is added inside
-        comes after the update has read it. Put such hooks on before.
+        Hooks of your own act as on a model with updated weights, those that are on it already and those that you add inside. On a
+        bridge there is one exception: an edit of `attn.k.hook_in` or `attn.v.hook_in` that is added inside comes after the update has
+        read that place. Put such hooks on before. `model.reset_hooks()` inside leaves the update on.
 
         Raises:
             ValueError: If the update was made on another model.
-            RuntimeError: If another thread is capturing this model, or has an update attached to it.
+            RuntimeError: If another thread is capturing this model, or has an update attached to it; or, at the end of the block, if
+                the update's hooks were taken off within it (`model.reset_hooks(including_permanent=True)`).
         """
-        with sites_of(model).attach(self.fwd_hooks(model)):
+        with sites_of(model).attach(self._hooks(model)):
             yield model
 
     def save(self, path: str | Path) -> None:

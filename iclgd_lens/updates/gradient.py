@@ -34,6 +34,7 @@ from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
+from iclgd_lens.models.precision import ordinary_modes
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, sites_of, warn_if_processed
 from iclgd_lens.updates.backward import Gradients, Loss, layer_causal_gradients, output_gradients
@@ -118,12 +119,14 @@ def _descend(
     gradients_of: Callable[..., Gradients],
 ) -> ParameterUpdate:
     """Plain SGD over the demonstrations, gradients from `gradients_of`."""
+    demonstrations = tuple(demonstrations)
     sites = sites_of(model)
-    # Gradients are wanted whatever the caller's autograd mode: notebooks often switch it off.
-    with torch.inference_mode(False), torch.no_grad():
+    sites.require_trainable()
+    # Gradients are wanted whatever the caller's modes of torch: notebooks often switch autograd off, or autocast on.
+    with ordinary_modes():
         columns = _check(model, demonstrations, settings, label_tokens)
         lens = LogitLens.of(model, columns)
-        warn_if_processed(model)
+        warn_if_processed(sites)
         lengths = [len(demonstration.tokens) for demonstration in demonstrations] * settings.epochs
         running = RunningUpdate(sites, settings.parameters, sum(lengths), settings.lr)
         norms: list[Float[Tensor, "layer"]] = []

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iclgd_lens.models.sites import HookSites, NamedHook
+from iclgd_lens.models.touched import same_at_every_position
 
 Parameter = Literal["W_K", "b_K", "W_V", "b_V"]
 """The parameters that an update may change, by their TransformerLens names."""
@@ -73,11 +74,11 @@ def _of_layer(sites: HookSites, layer: int, changes: Changes) -> list[NamedHook]
         def to(projected: Float[Tensor, "batch pos kv_head d_head"], hook: Any) -> Float[Tensor, "batch pos kv_head d_head"]:
             if seen:
                 found.clear()
-                found.update(changes(layer, sites.project_from(layer, seen.pop())))
+                found.update(changes(layer, seen.pop()))
             change = found.pop(kind, None)
             return projected if change is None else projected + change.reshape(projected.shape)
 
         return to
 
-    at_projections: list[NamedHook] = [(sites.keys[layer], add("keys")), (sites.values[layer], add("values"))]
-    return [(sites.projection_in[layer], remember), *at_projections]
+    hooks = [(sites.projection_in[layer], remember), (sites.keys[layer], add("keys")), (sites.values[layer], add("values"))]
+    return [(name, same_at_every_position(hook)) for name, hook in hooks]

@@ -42,7 +42,7 @@ def test_every_depth_is_a_column(held):
 
 
 def test_a_capture_allocates_what_it_keeps_and_a_batch(monkeypatch):
-    monkeypatch.setattr("iclgd_lens.runs.capture.WORKING_BYTES_ON_CPU", 2**20)
+    monkeypatch.setattr("iclgd_lens.runs.passes.WORKING_BYTES_ON_CPU", 2**20)
     sizes = Sizes(k=2, demonstration=8, query=12)
     frame = capture_growth((300, 600, 1200), shape=SMALL, sizes=sizes, device="cpu")
     assert frame["kept"].tolist() == [frame["kept"].iloc[0] * n for n in (1, 2, 4)]

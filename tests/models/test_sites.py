@@ -1,5 +1,6 @@
 """The places that are read and written: they exist, hold what the module says, and project what the model projects."""
 
+import math
 import warnings
 
 import pytest
@@ -21,7 +22,8 @@ def seen_at(model: HookedTransformer, names: tuple[str, ...]) -> list[torch.Tens
     """What the hooks of these names see, one tensor each."""
     seen = {}
     hooks = [(name, lambda value, hook, name=name: seen.__setitem__(name, value.detach())) for name in names]
-    model.run_with_hooks(TOKENS, return_type=None, fwd_hooks=hooks)
+    with sites_of(model).attach(hooks, first_at_projections=False):
+        model(TOKENS, return_type=None)
     return [seen[name] for name in names]
 
 
@@ -48,14 +50,13 @@ def test_every_site_holds_what_the_module_says(model):
         assert [list(value.shape) for value in seen_at(model, names)] == [shape] * len(names), place
 
 
-def test_project_from_gives_what_the_key_and_value_projections_multiply(model):
+def test_projection_in_is_what_the_key_and_value_projections_multiply(model):
     sites = sites_of(model)
-    seen, keys, values = (seen_at(model, names) for names in (sites.projection_in, sites.keys, sites.values))
+    inputs, keys, values = (seen_at(model, names) for names in (sites.projection_in, sites.keys, sites.values))
     for layer in range(sites.n_layers):
         attention = model.blocks[layer].attn
-        x = sites.project_from(layer, seen[layer])
         for output, W, b in [(keys, "W_K", "b_K"), (values, "W_V", "b_V")]:
-            projected = torch.einsum("bpm,hmd->bphd", x, stored(attention, W)) + stored(attention, b)
+            projected = torch.einsum("bpm,hmd->bphd", inputs[layer], stored(attention, W)) + stored(attention, b)
             torch.testing.assert_close(projected, output[layer], rtol=1e-6, atol=4e-6)
 
 
@@ -88,9 +89,20 @@ def test_key_and_value_heads_are_grouped_as_the_model_groups_them():
     assert counts == [4, 1, 2, 4]
 
 
-def test_padding_is_exchangeable_unless_attention_counts_positions():
-    exchangeable = {shape for shape in ZOO if sites_of(make_model(shape)).exchangeable_padding}
-    assert set(ZOO) - exchangeable == {"local", "local_rotary"}
+def test_hooks_by_name_read_the_same_input_at_hook_points_alone(model):
+    sites = sites_of(model)
+    by_name: dict[int, torch.Tensor] = {}
+    hooks = [
+        (name, lambda value, hook, layer=layer: by_name.__setitem__(layer, value)) for layer, name in enumerate(sites.projection_in)
+    ]
+    model.run_with_hooks(TOKENS, return_type=None, fwd_hooks=sites.by_name(hooks))
+    for layer, seen in enumerate(seen_at(model, sites.projection_in)):
+        torch.testing.assert_close(by_name[layer], seen)
+
+
+def test_windows_are_those_of_the_configuration():
+    windows = {shape: sites_of(make_model(shape)).window for shape in ZOO}
+    assert {shape: window for shape, window in windows.items() if window < math.inf} == {"local": 4, "local_rotary": 9}
 
 
 @pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), None, "gpt2"])
@@ -140,14 +152,14 @@ def test_folded_norms_are_warned_of_with_the_reason(norm):
     with pytest.warns(
         UserWarning, match=f"normalization_type='{norm}'.*Neither gradient descent nor the attention output is invariant"
     ):
-        warn_if_processed(model)
+        warn_if_processed(sites_of(model))
 
 
 def test_centred_weights_are_warned_of():
     model = make_model()
     model.process_weights_(fold_ln=False, center_writing_weights=True, center_unembed=False)
     with pytest.warns(UserWarning, match="write to the residual stream are centred"):
-        warn_if_processed(model)
+        warn_if_processed(sites_of(model))
 
 
 @pytest.mark.parametrize("norm", ["LN", "RMS", None])
@@ -155,4 +167,4 @@ def test_unprocessed_models_are_not_warned_of(norm):
     model = make_model(normalization_type=norm)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_processed(model)
+        warn_if_processed(sites_of(model))

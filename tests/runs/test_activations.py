@@ -11,7 +11,9 @@ import torch
 
 from iclgd_lens.models.sites import sites_of
 from iclgd_lens.runs.activations import Activations
-from iclgd_lens.runs.capture import capture, fitting_batch_size
+from iclgd_lens.models.touched import same_at_every_position
+from iclgd_lens.runs.capture import capture
+from iclgd_lens.runs.passes import fitting_batch_size
 from iclgd_lens.updates.gradient import gd, lcgd
 from tests.models_zoo import BOS, D_VOCAB, ZOO, in_float64, make_demonstrations, make_model, make_queries
 from tests.reference import reference_capture, reference_update, relative_error
@@ -94,14 +96,14 @@ def test_batch_size_changes_nothing(shape, with_context):
 def test_batches_of_automatic_size_fit_the_memory_that_they_may_take(monkeypatch):
     model, queries, context = make_model(), make_queries((3, 8, 1, 3, 5, 5, 2)), make_demonstrations()
     sites, ran = sites_of(model), []
-    count = ("hook_embed", lambda embedded, hook: ran.append(len(embedded)))
+    count = ("hook_embed", same_at_every_position(lambda embedded, hook: ran.append(len(embedded))))
     with model.hooks(fwd_hooks=[count]):
         expected = capture(model, queries, context=context, keep=["attn_out", "query_scores"])
         assert ran == [1, 7]
         alone, behind = fitting_batch_size(sites, 9, 1), fitting_batch_size(sites, 9, 100)
         assert 1 < behind < alone / 2
         ran.clear()
-        monkeypatch.setattr("iclgd_lens.runs.capture.WORKING_BYTES_ON_CPU", 1)
+        monkeypatch.setattr("iclgd_lens.runs.passes.WORKING_BYTES_ON_CPU", 1)
         found = capture(model, queries, context=context, keep=["attn_out", "query_scores"])
         assert ran == [1] * 8
     for name in expected.kept:

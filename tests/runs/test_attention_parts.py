@@ -266,7 +266,9 @@ def test_score_gradients_are_refused_where_a_hook_edits_the_pattern(inside):
     if not inside:
         model.add_hook(*edit)
     with model.hooks(fwd_hooks=[edit] if inside else []):
-        with pytest.raises(ValueError, match=r"attention in layer 1 is not the softmax.*hook edits.*without score_gradients"):
+        with pytest.raises(
+            ValueError, match=r"attention in layer 1 does not hand.*the softmax.*hook edits.*without score_gradients"
+        ):
             capture(model, queries, keep=["attn_out", *ATTENTION])
         # The rest is read as it is.
         found = capture(model, make_queries((4, 4)), keep=["own_pattern"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from iclgd_lens.data.prompts import context_tokens
 from iclgd_lens.models.sites import sites_of
+from iclgd_lens.models.touched import same_at_every_position
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.gradient import gd
@@ -19,7 +20,8 @@ from tests.reference import full_prompt, reference_capture, relative_error
 def shapes_seen(model, run) -> list[tuple[int, int]]:
     """The [batch, pos] of every forward pass that `run` makes."""
     seen = []
-    with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: seen.append(tuple(value.shape[:2])))]):
+    see = same_at_every_position(lambda value, hook: seen.append(tuple(value.shape[:2])))
+    with model.hooks(fwd_hooks=[("hook_embed", see)]):
         run()
     return seen
 

@@ -6,7 +6,7 @@ places. The places, for layer ℓ:
 ====================  ==========================================  =======================================================
 `residual_in[ℓ]`      `[batch pos d_model]`                       the residual stream before block ℓ
 `residual_out[ℓ]`     `[batch pos d_model]`                       the residual stream after block ℓ
-`projection_in[ℓ]`    `[batch pos d_model]`, via `project_from`   what the key and value projections multiply
+`projection_in[ℓ]`    `[batch pos d_model]`                       what the key and value projections multiply
 `keys[ℓ]`             `[batch pos kv_head d_head]`                output of the key projection, before any norm or rotation
 `values[ℓ]`           `[batch pos kv_head d_head]`                output of the value projection
 `scores[ℓ]`           `[batch head query_pos key_pos]`            attention scores before softmax, scaled and masked

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
@@ -25,7 +25,18 @@ from typing_extensions import override
 
 from iclgd_lens.models.after_attention import AfterAttention
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.sites.base import HookSites, Keys, LastQuery, NamedHook, in_every_block, refuse_split_inputs
+from iclgd_lens.models.lengths import rope_switches, text_config, windows
+from iclgd_lens.models.linear_maps import linear_map
+from iclgd_lens.models.sites.base import (
+    HookSites,
+    Keys,
+    LastQuery,
+    NamedHook,
+    in_every_block,
+    refuse_hidden_hooks,
+    refuse_split_inputs,
+)
+from iclgd_lens.models.touched import is_of_a_library
 
 _SCORES_BEFORE_SOFTMAX = (JointQKVAttentionBridge, PositionEmbeddingsAttentionBridge)
 """Attention bridges that run attention step by step, with a hook at its scores; so do those derived from them."""
@@ -52,7 +63,10 @@ class BridgeSites(HookSites):
             ValueError: If it is one that these sites cannot serve, or it lacks a needed hook.
         """
         _refuse_unsupported(model)
-
+        blocks: Any = cast(Any, model).blocks
+        ends = {f"blocks.{layer}": (block, f"blocks.{layer}.hook_out") for layer, block in enumerate(blocks)}
+        ends |= {f"blocks.{layer}.attn": (block.attn, f"blocks.{layer}.attn.hook_out") for layer, block in enumerate(blocks)}
+        refuse_hidden_hooks(ends)
         return cls(
             model=model,
             residual_in=in_every_block(model.cfg, "hook_in"),
@@ -64,32 +78,50 @@ class BridgeSites(HookSites):
             pattern=in_every_block(model.cfg, "attn.hook_pattern"),
             head_out=in_every_block(model.cfg, "attn.o.hook_in"),
             attention_out=in_every_block(model.cfg, "hook_attn_out"),
-            exchangeable_padding=_window(_hf_config(model)) >= model.cfg.n_ctx,
+            window=min(windows(_hf_config(model)), default=math.inf),
+            rope_switches=rope_switches(_hf_config(model)),
         )
 
     @override
-    def project_from(self, layer: int, seen: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        return seen
-
-    @override
     def project_queries(self, layer: int, inputs: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch head d_head"]:
-        attention = self._attention(layer)
-        queries = einsum(inputs, attention.W_Q, "... d_model, head d_model d_head -> ... head d_head")
-        bias = attention.b_Q
-        return queries if bias is None else queries + bias.reshape(queries.shape[-2:])
+        queries: Tensor = self._attention(layer).q.original_component(inputs)
+        heads, width = self.model.cfg.n_heads, queries.shape[-1]
+        if queries.ndim > inputs.ndim:
+            return queries
+        if width != heads * self.model.cfg.d_head:
+            raise ValueError(
+                f"the query projection of layer {layer} puts out {width} numbers, not {heads} heads of {self.model.cfg.d_head}: what "
+                "else it makes, such as a gate, is not told apart from attention queries"
+            )
+        return rearrange(queries, "... (head d_head) -> ... head d_head", head=heads)
 
     @override
     def after_attention(self, layer: int) -> AfterAttention | None:
         return None
 
-    @property
     @override
-    def output_weights(self) -> tuple[Float[Tensor, "head d_head d_model"], ...]:
-        return tuple(self._attention(layer).W_O.detach() for layer in range(self.n_layers))
+    def output_weight(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        cfg = self.model.cfg
+        output = self._attention(layer).o.original_component
+        what = f"the output projection of layer {layer}"
+        weight, _ = linear_map(output, cfg.n_heads * cfg.d_head, cfg.dtype, what)
+        return rearrange(weight, "(head d_head) d_model -> head d_head d_model", head=cfg.n_heads)
+
+    @override
+    def require_trainable(self) -> None:
+        super().require_trainable()
+        for layer in range(self.n_layers):
+            for name in "kv":
+                projection = getattr(self._attention(layer), name).original_component
+                if any(not is_of_a_library(hook) for hook in projection._forward_hooks.values()):
+                    raise ValueError(
+                        f"a torch hook on the {name.upper()} projection of layer {layer} edits its output before the hook point there, "
+                        f"so the gradient of its weight cannot be read; put it at blocks.{layer}.attn.{name}.hook_out instead"
+                    )
 
     @override
     def require_separate_heads(self) -> None:
-        config, name = _hf_config(self.model), _architecture(self.model)
+        config, name = text_config(_hf_config(self.model)), _architecture(self.model)
         if (clip := getattr(config, "clip_qkv", None)) is not None:
             raise ValueError(f"{name} clips keys and values (clip_qkv={clip}); attribution is not supported for it")
         norm = getattr(self._attention(0), "k_norm", None)
@@ -101,7 +133,7 @@ class BridgeSites(HookSites):
 
     @override
     def run(self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch all_pos"], past: Any = None) -> None:
-        with self._handing_over(past):
+        with self._handing_over(past), self._fresh_rotary():
             cache = {} if past is None else {self._cache_name: past}
             self.model(tokens, attention_mask=mask, use_cache=past is not None, return_type=None, **cache, **self._one_logit)
 
@@ -117,7 +149,7 @@ class BridgeSites(HookSites):
 
     def _made_again(self, layer: int, keys: Keys, do: LastQuery) -> list[NamedHook]:
         """Scores `⟨q, kᵢ⟩ · scale` at the last token, as soon as the model's own keys are there."""
-        config = _hf_config(self.model)
+        config = text_config(_hf_config(self.model))
         scale = 1.0 if _architecture(self.model) == "GPTNeoForCausalLM" else 1 / math.sqrt(self.model.cfg.d_head)
         local = getattr(config, "attention_layers", ())[layer : layer + 1] == ["local"]
         queries: list[Float[Tensor, "batch head d_head"]] = []
@@ -154,6 +186,39 @@ class BridgeSites(HookSites):
                     stack.enter_context(self._attention(layer).register_forward_pre_hook(hand_over, with_kwargs=True))
             yield
 
+    @contextmanager
+    def _fresh_rotary(self) -> Iterator[None]:
+        """Rotary frequencies that depend on how long a pass is are kept from one pass to the next. Here every pass begins with those of
+        a model that has run nothing, and afterwards they are as they were.
+        """
+        if not self.rope_switches:
+            yield
+            return
+        model: Any = self.model
+        kept: list[tuple[Any, dict[str, Any], dict[str, Tensor]]] = []
+        for module in model.original_model.modules():
+            if not any(name.endswith("max_seq_len_cached") for name in vars(module)):
+                continue
+            state = {
+                name: value for name, value in vars(module).items() if name.endswith(("max_seq_len_cached", "attention_scaling"))
+            }
+            frequencies = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
+            kept.append((module, state, frequencies))
+            for name in state:
+                if name.endswith("max_seq_len_cached"):
+                    setattr(module, name, module.original_max_seq_len)
+            for name in frequencies:
+                if name.endswith("inv_freq") and "original" not in name:
+                    original = getattr(module, f"{name.removesuffix('inv_freq')}original_inv_freq")
+                    module._buffers[name] = original.clone().to(frequencies[name].device)
+        try:
+            yield
+        finally:
+            for module, state, frequencies in kept:
+                for name, value in state.items():
+                    setattr(module, name, value)
+                module._buffers.update(frequencies)
+
     def _attention(self, layer: int) -> Any:
         model: Any = self.model
         return model.blocks[layer].attn
@@ -186,14 +251,6 @@ def _architecture(model: Any) -> str:
     return str(model.cfg.architecture)
 
 
-def _window(config: Any) -> float:
-    """How far back every layer looks."""
-    if "local" in getattr(config, "attention_layers", ()):
-        return int(config.window_size)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return math.inf if window is None else int(window)
-
-
 def _refuse_unsupported(model: Any) -> None:
     config, name = _hf_config(model), _architecture(model)
     if getattr(config, "is_encoder_decoder", False):
@@ -214,8 +271,9 @@ def _refuse_unsupported(model: Any) -> None:
         _refuse_attention(block.attn, layer, model)
     if any(getattr(getattr(model, part, None), "original_component", None) is None for part in ("ln_final", "unembed")):
         raise ValueError(f"{name} with this configuration has no final norm before its unembedding; such models are not supported")
-    if scaled := [each for each in _LOGIT_SCALES if getattr(config, each, None) not in (None, 1, 1.0)]:
-        raise ValueError(f"{name} scales its logits ({scaled[0]}={getattr(config, scaled[0])}), which the readout does not do")
+    text = text_config(config)
+    if scaled := [each for each in _LOGIT_SCALES if getattr(text, each, None) not in (None, 1, 1.0)]:
+        raise ValueError(f"{name} scales its logits ({scaled[0]}={getattr(text, scaled[0])}), which the readout does not do")
     if (attention := config._attn_implementation) not in (None, "eager"):
         raise ValueError(
             f"the model runs {attention!r} attention, which shows no scores; load it with attn_implementation='eager', or call "
@@ -235,7 +293,7 @@ def _refuse_attention(attention: Any, layer: int, model: Any) -> None:
         )
     if missing := [each for each in "qkvo" if not hasattr(getattr(attention, each, None), "hook_out")]:
         raise ValueError(f"attention in block {layer} of {name} ({kind}) has no projection {missing[0]!r} of its own to hook")
-    if model.cfg.positional_embedding_type == "alibi" or "ALiBi" in kind or getattr(config, "alibi", False):
+    if model.cfg.positional_embedding_type == "alibi" or "ALiBi" in kind or getattr(text_config(config), "alibi", False):
         raise ValueError(
             f"{name} adds ALiBi to its attention scores, which depends on where a prompt begins: scores of runs with and without "
             "demonstrations cannot be compared"
