@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import TypeGuard
 
 from jaxtyping import Num
 from torch import Tensor
@@ -36,8 +37,22 @@ def require_count(name: str, given: object) -> None:
     Raises:
         ValueError: If it is not.
     """
-    if not isinstance(given, Integral) or given < 1:
+    if not is_whole(given) or given < 1:
         raise ValueError(f"{name} must be at least 1, got {given!r}")
+
+
+def require_seed(given: object) -> int:
+    """Check that the argument `seed` can seed a draw: a whole number that torch's generators take.
+
+    Returns:
+        The seed as Python's own integer.
+
+    Raises:
+        ValueError: If it is something else: a fraction, text, None, a truth value or a tensor.
+    """
+    if not is_whole(given) or not -(2**63) <= given < 2**64:
+        raise ValueError(f"seed must be a whole number from -2**63 to 2**64 - 1, got {given!r}")
+    return int(given)
 
 
 def require_positive(name: str, given: object) -> None:
@@ -46,8 +61,18 @@ def require_positive(name: str, given: object) -> None:
     Raises:
         ValueError: If it is not.
     """
-    if not isinstance(given, Real) or not math.isfinite(given) or given <= 0:
+    if not _finite(given) or given <= 0:
         raise ValueError(f"{name} must be a number, finite and above 0; got {given!r}")
+
+
+def require_not_negative(name: str, given: object) -> None:
+    """Check that an argument is a finite number of at least 0.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not _finite(given) or given < 0:
+        raise ValueError(f"{name} must be a number, finite and not negative; got {given!r}")
 
 
 def require_finite(name: str, given: Num[Tensor, "*shape"]) -> None:
@@ -58,3 +83,12 @@ def require_finite(name: str, given: Num[Tensor, "*shape"]) -> None:
     """
     if not bool(given.isfinite().all()):
         raise ValueError(f"{name} has {int((~given.isfinite()).sum())} of {given.numel()} entries that are not finite")
+
+
+def is_whole(given: object) -> TypeGuard[int]:
+    """Whether an argument is a whole number; a truth value, which is one to Python, is none here."""
+    return isinstance(given, Integral) and not isinstance(given, bool)
+
+
+def _finite(given: object) -> TypeGuard[float]:
+    return isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from iclgd_lens.models.precision import wide
-from iclgd_lens.runs.activations import Activations, require_same_queries
+from iclgd_lens.runs.activations import Activations, require_same_labels, require_zero_shot
 
 
 def correct(run: Activations) -> Float[Tensor, "query"]:
@@ -29,9 +29,10 @@ def rec2ftp(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor
     (Dai et al. 2023, section 4.2). NaN for all other queries; the metric is the mean over the rest.
 
     Raises:
-        ValueError: If the runs are not of the same queries.
+        ValueError: If the runs are not of the same queries and label words, or `zsl` has a context or was made under an update.
     """
-    require_same_queries(icl, ft, zsl)
+    require_same_labels(icl, ft, zsl)
+    require_zero_shot(zsl=zsl)
     corrected = (correct(zsl) == 0) & (correct(ft) == 1)
     return correct(icl).masked_fill(~corrected, torch.nan)
 
@@ -41,9 +42,10 @@ def false_to_true(icl: Activations, ft: Activations, zsl: Activations) -> Bool[T
     authors' code).
 
     Raises:
-        ValueError: If the runs are not of the same queries.
+        ValueError: If the runs are not of the same queries and label words, or `zsl` has a context or was made under an update.
     """
-    require_same_queries(icl, ft, zsl)
+    require_same_labels(icl, ft, zsl)
+    require_zero_shot(zsl=zsl)
     return (correct(zsl) == 0) & (correct(ft) == 1) & (correct(icl) == 1)
 
 
@@ -78,9 +80,9 @@ def same_prediction(a: Activations, b: Activations) -> Float[Tensor, "query"]:
     NaN where a label word's score is not finite in one of them.
 
     Raises:
-        ValueError: If the runs are not of the same queries.
+        ValueError: If the runs are not of the same queries and label words.
     """
-    require_same_queries(a, b)
+    require_same_labels(a, b)
     return (a.predictions == b.predictions).float().masked_fill(~(_finite(a) & _finite(b)), torch.nan)
 
 
@@ -91,9 +93,9 @@ def js_divergence(a: Activations, b: Activations) -> Float[Tensor, "query"]:
     score is not finite.
 
     Raises:
-        ValueError: If the runs are not of the same queries.
+        ValueError: If the runs are not of the same queries and label words.
     """
-    require_same_queries(a, b)
+    require_same_labels(a, b)
     divergence = distribution_divergence(label_distribution(a), label_distribution(b)).to(a.label_log_probs.dtype)
     return divergence.masked_fill(~(_finite(a) & _finite(b)), torch.nan)
 

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iclgd_lens.models.precision import wide
-from iclgd_lens.runs.activations import Activations
+from iclgd_lens.runs.activations import Activations, require_same_runs, require_zero_shot
+from iclgd_lens.tensor_draws import normal, seeded
 
 
 def random_update(ft: Activations, zsl: Activations, seed: int = 0) -> Activations:
@@ -20,21 +21,25 @@ def random_update(ft: Activations, zsl: Activations, seed: int = 0) -> Activatio
     Args:
         ft: The queries run under an update.
         zsl: The same zero-shot.
-        seed: Seeds the directions; drawn on the CPU, so a seed means the same on every device.
+        seed: Seeds the directions; drawn on the CPU in float32, so a seed means the same on every device and in every dtype.
 
     Raises:
+        ValueError: If the runs are not of the same queries and model, `zsl` has a context or was made under an update, or the seed
+            is no whole number.
         AttributeError: If `attn_out` or `query_scores` was not kept in one of the runs.
     """
-    generator = torch.Generator().manual_seed(seed)
+    require_same_runs(ft, zsl)
+    require_zero_shot(zsl=zsl)
+    generator = seeded(seed)
     real = {
         "attn_out": torch.ones_like(ft.attn_out, dtype=torch.bool),
         "query_scores": ft.query_mask[:, None, None].expand_as(ft.query_scores),
     }
 
     def replaced(name: str) -> Float[Tensor, "*batch component"]:
-        base = zsl.kept[name]
+        base = getattr(zsl, name)
         change = wide(ft.kept[name]) - wide(base)
-        noise = torch.randn(base.shape, generator=generator).to(change) * real[name]
+        noise = normal(generator, *base.shape).to(change) * real[name]
         length = change.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
         return base + (noise * length).to(base.dtype)
 

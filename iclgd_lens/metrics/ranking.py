@@ -19,8 +19,10 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from iclgd_lens.checks import is_whole
 from iclgd_lens.metrics.similarity import cosine
 from iclgd_lens.models.precision import wide
+from iclgd_lens.tensor_draws import seeded, uniform
 
 
 def kendall_tau(a: Float[Tensor, "*#batch token"], b: Float[Tensor, "*#batch token"]) -> Float[Tensor, "*batch"]:
@@ -74,7 +76,7 @@ def top_k_recall(a: Float[Tensor, "*#batch token"], b: Float[Tensor, "*#batch to
         ValueError: As `kendall_tau`, or if k is not between 1 and the number of tokens.
     """
     rows_a, rows_b = _rows(a, b)
-    if not 1 <= k <= rows_a.shape[-1]:
+    if not is_whole(k) or not 1 <= k <= rows_a.shape[-1]:
         raise ValueError(f"k must be between 1 and the number of tokens, {rows_a.shape[-1]}; got {k}")
     return (_among_heaviest(rows_a, k) * _among_heaviest(rows_b, k)).sum(dim=-1) / k
 
@@ -84,23 +86,28 @@ def shuffled_weights(weights: Float[Tensor, "*batch token"], seed: int = 0) -> F
 
     Args:
         weights: The weights.
-        seed: Seeds the dealing; drawn on the CPU, so a seed means the same on every device.
+        seed: Seeds the dealing; drawn on the CPU in float32, so a seed means the same on every device and in every dtype.
 
     Raises:
-        ValueError: If there are fewer than two tokens.
+        ValueError: If there are fewer than two tokens, or the seed is no whole number.
     """
-    if weights.shape[-1] < 2:
-        raise ValueError(f"need two tokens or more to deal weights out among; got {weights.shape[-1]}")
-    order = torch.rand(weights.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=-1)
+    if _length(weights) < 2:
+        raise ValueError(f"need two tokens or more to deal weights out among; got {_length(weights)}")
+    order = uniform(seeded(seed), *weights.shape).argsort(dim=-1)
     return weights.gather(-1, order.to(weights.device))
 
 
 def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    if a.shape[-1] != b.shape[-1] or a.shape[-1] < 2:
-        raise ValueError(f"need two weightings of the same tokens, two or more; got {a.shape[-1]} and {b.shape[-1]}")
+    if _length(a) != _length(b) or _length(a) < 2:
+        raise ValueError(f"need two weightings of the same tokens, two or more; got {_length(a)} and {_length(b)}")
     x, y = torch.broadcast_tensors(wide(a), wide(b))
     broken = ~(x.isfinite() & y.isfinite()).all(dim=-1, keepdim=True)
     return x.masked_fill(broken, torch.nan), y.masked_fill(broken, torch.nan)
+
+
+def _length(weights: Tensor) -> int:
+    """How many tokens are weighed; one by a single number."""
+    return weights.shape[-1] if weights.ndim else 1
 
 
 def _flat(rows: Float[Tensor, "*batch token"]) -> np.ndarray:

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iclgd_lens.models.precision import wide
-from iclgd_lens.runs.activations import Activations, require_same_runs
+from iclgd_lens.runs.activations import Activations, require_same_runs, require_zero_shot
 
 OUTPUT_ROUNDING, SCORE_ROUNDING = 8, 64
 """A difference of outputs or scores counts as zero up to so many units of rounding in float32 (or float64), relative to the longer
@@ -38,9 +38,10 @@ def sim_aou(icl: Activations, ft: Activations, zsl: Activations) -> Float[Tensor
     """Similarity of attention output updates: cos(h_ICL − h_ZSL, h_FT − h_ZSL) (Deutch et al. 2024, section 3.1).
 
     Raises:
-        ValueError: If the runs are not of the same queries and model.
+        ValueError: If the runs are not of the same queries and model, or `zsl` has a context or was made under an update.
     """
     require_same_runs(icl, ft, zsl)
+    require_zero_shot(zsl=zsl)
     return cosine(difference(icl.attn_out, zsl.attn_out, OUTPUT_ROUNDING), difference(ft.attn_out, zsl.attn_out, OUTPUT_ROUNDING))
 
 
@@ -51,9 +52,10 @@ def sim_aou_norm(icl: Activations, ft: Activations, zsl: Activations) -> Float[T
     equal length with independent noise orthogonal to z, it tends to (1 − ‖z‖/‖h‖)/2, which is 1/4 when ‖h‖ = 2‖z‖.
 
     Raises:
-        ValueError: If the runs are not of the same queries and model.
+        ValueError: If the runs are not of the same queries and model, or `zsl` has a context or was made under an update.
     """
     require_same_runs(icl, ft, zsl)
+    require_zero_shot(zsl=zsl)
     stored = zsl.attn_out.dtype
     unit_icl, unit_ft, unit_zsl = (_unit(run.attn_out) for run in (icl, ft, zsl))
     return cosine(difference(unit_icl, unit_zsl, OUTPUT_ROUNDING, stored), difference(unit_ft, unit_zsl, OUTPUT_ROUNDING, stored))
@@ -76,9 +78,10 @@ def sim_am_delta(icl: Activations, ft: Activations, zsl: Activations) -> Float[T
     """Similarity of attention map updates: cos(m_ICL − m_ZSL, m_FT − m_ZSL) (Deutch et al. 2024, section 3.1).
 
     Raises:
-        ValueError: If the runs are not of the same queries and model.
+        ValueError: If the runs are not of the same queries and model, or `zsl` has a context or was made under an update.
     """
     require_same_runs(icl, ft, zsl)
+    require_zero_shot(zsl=zsl)
     return cosine(
         difference(icl.query_scores, zsl.query_scores, SCORE_ROUNDING),
         difference(ft.query_scores, zsl.query_scores, SCORE_ROUNDING),
@@ -97,7 +100,8 @@ def alpha(
         of: The change of attention outputs, giving `[query layer]`, or of attention scores, giving `[query layer head]`.
 
     Raises:
-        ValueError: If `of` is something else, or the runs are not of the same queries and model.
+        ValueError: If `of` is something else, the runs are not of the same queries and model, or `zsl` has a context or was made
+            under an update.
     """
     if of == "attn_out":
         return sim_aou(lcgd, gd, zsl)

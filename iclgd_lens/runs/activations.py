@@ -1,7 +1,7 @@
 """What was read from a run: the state of every attention layer at the token that predicts the label.
 
-`Activations` are what `capture` (`runs/capture.py`) returns. They know which model and which queries they come from, so that runs
-of different ones are not put together by mistake.
+`Activations` are what `capture` (`runs/capture.py`) returns. They know which model, queries and label words they come from, so that
+runs of different ones are not put together by mistake.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from iclgd_lens.data.prompts import Demonstration, demonstrations_digest
+from iclgd_lens.data.prompts import Demonstration, Query, demonstrations_digest
+from iclgd_lens.digests import digest_of
 
 AttentionPart = Literal["own_pattern", "own_inputs", "own_values", "score_gradients"]
 """What `update.attribution` reads: attention over a zero-shot prompt's own tokens, and what it is made of."""
@@ -44,11 +45,13 @@ class Activations:
         kept: The tensors by name; read them through the properties below.
         query_mask: `[query query_pos]`: which score positions are tokens of the query. Queries are right-aligned, BOS left out.
         labels: `[query]`: gold class index, -1 where unknown.
-        query_ids: `[query]`: a number made of each query's tokens and label; equal for equal queries.
+        query_ids: `[query]`: `query_id` of each query; equal for equal queries.
         model: The fingerprint of the model that ran, without any update that was attached.
-        W_O: Every layer's output projection `[head d_head d_model]`, the model's own; `head_out` times it is what the head adds.
+        label_words: `label_words_digest` of the queries' label words; empty where they have none.
         context: The digest of the demonstrations in front; empty for zero-shot.
         updated: Whether an update was attached.
+        output_weights: Every layer's output projection `[head d_head d_model]`, the model's own, in runs that keep one of `OF_HEADS`;
+            read the projections through `W_O`.
     """
 
     kept: dict[str, Tensor]
@@ -56,9 +59,17 @@ class Activations:
     labels: Int[Tensor, "query"]
     query_ids: Int[Tensor, "query"]
     model: str
-    W_O: tuple[Float[Tensor, "head d_head d_model"], ...]
+    label_words: str = ""
     context: str = ""
     updated: bool = False
+    output_weights: tuple[Float[Tensor, "head d_head d_model"], ...] | None = None
+
+    @property
+    def W_O(self) -> tuple[Float[Tensor, "head d_head d_model"], ...]:  # noqa: N802
+        """Every layer's output projection; `head_out` times it is what the head adds. Runs that keep one of `OF_HEADS` only."""
+        if self.output_weights is None:
+            raise AttributeError(f"W_O was not kept; capture(..., keep=[..., {OF_HEADS[0]!r}]) keeps it, as do {_listed(OF_HEADS[1:])}")
+        return self.output_weights
 
     @property
     def attn_out(self) -> Float[Tensor, "query layer d_model"]:
@@ -166,6 +177,20 @@ class Activations:
 OF_CONTEXT: tuple[Kept, ...] = ("context_scores", "demonstration_out", "demonstration_attention", "label_attention")
 """What only a run with a context has."""
 
+OF_HEADS: tuple[Kept, ...] = ("head_out", "demonstration_out", "own_pattern", "own_values", "score_gradients")
+"""What is read head by head, before the output projection; it is of use together with `W_O`."""
+
+
+def query_id(query: Query) -> int:
+    """Tell queries apart by their tokens and gold label: 63 bits of a SHA-256, the same in every process."""
+    label = None if query.label is None else int(query.label)
+    return int(digest_of([query.tokens.tolist(), label]), 16) >> 1
+
+
+def label_words_digest(label_tokens: Sequence[Int[Tensor, "_label_pos"]]) -> str:
+    """Tell label words apart, in 16 hex digits: equal for equal tokens in equal order; empty where there are none."""
+    return digest_of([tokens.tolist() for tokens in label_tokens]) if len(label_tokens) else ""
+
 
 def require_same_queries(*runs: Activations) -> None:
     """Check that runs are of the same queries, in the same order.
@@ -180,6 +205,32 @@ def require_same_queries(*runs: Activations) -> None:
         if not torch.equal(run.query_ids.to(first.device), first):
             number = int((run.query_ids.to(first.device) != first).nonzero()[0, 0])
             raise ValueError(f"the runs are not of the same queries: they differ from query {number} on (counted from 0)")
+
+
+def require_same_labels(*runs: Activations) -> None:
+    """Check that runs are of the same queries, scored on the same label words in the same order.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    require_same_queries(*runs)
+    if any(run.label_words != runs[0].label_words for run in runs[1:]):
+        raise ValueError(
+            "the runs have other label words, or the same in another order, so class 0 of one is not class 0 of another; capture "
+            "them with queries of the same label_tokens"
+        )
+
+
+def require_zero_shot(**runs: Activations) -> None:
+    """Check that runs are zero-shot runs of the model as it is.
+
+    Raises:
+        ValueError: If one had demonstrations in its context, or an update was attached.
+    """
+    for name, run in runs.items():
+        if run.context:
+            raise ValueError(f"{name} is a run with demonstrations in its context, and must be zero-shot: capture it without context=")
+    require_not_updated(**runs)
 
 
 def require_not_updated(**runs: Activations) -> None:
@@ -213,3 +264,7 @@ def require_same_runs(*runs: Activations) -> None:
     require_same_queries(*runs)
     if models := {run.model for run in runs[1:]} - {runs[0].model}:
         raise ValueError(f"the runs are not of the same model: one has the fingerprint {runs[0].model}, another {models.pop()}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -30,7 +30,15 @@ from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.precision import ordinary_modes
 from iclgd_lens.models.sites import HookSites, sites_of
-from iclgd_lens.runs.activations import OF_CONTEXT, Activations, AttentionPart, Kept
+from iclgd_lens.runs.activations import (
+    OF_CONTEXT,
+    OF_HEADS,
+    Activations,
+    AttentionPart,
+    Kept,
+    label_words_digest,
+    query_id,
+)
 from iclgd_lens.runs.passes import passes
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.runs.reader import Reader
@@ -210,16 +218,17 @@ class _Request:
         """What a reader of these rows has read."""
         device = self.sites.model.cfg.device
         labels = torch.tensor([-1 if query.label is None else query.label for query in self.queries])
-        ids = torch.tensor([hash((*query.tokens.tolist(), query.label)) for query in self.queries])
+        ids = torch.tensor([query_id(query) for query in self.queries])
         return Activations(
             kept=reader.kept,
             query_mask=reader.query_mask,
             labels=labels[rows].to(device),
             query_ids=ids[rows].to(device),
             model=fingerprint(self.sites.model),
-            W_O=self.sites.output_weights,
+            label_words=label_words_digest(self.queries[0].label_tokens),
             context="" if self.context is None else demonstrations_digest(self.context),
             updated=updated,
+            output_weights=self.sites.output_weights if set(self.wanted) & set(OF_HEADS) else None,
         )
 
 
@@ -233,14 +242,14 @@ def _wanted(keep: Iterable[Kept] | None, *, has_context: bool, has_labels: bool)
         impossible |= dict.fromkeys(_OF_LABELS, "the queries have no label words")
     if keep is None:
         return tuple(name for name in DEFAULT if name not in impossible)
-    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    names: tuple[Kept, ...] = tuple(keep)
     known = [*get_args(Kept)]
-    for name in keep:
+    for name in names:
         if name not in known:
             raise ValueError(f"keep may name {', '.join(known)}; got {name!r}")
         if name in impossible:
             raise ValueError(f"keep names {name!r}, but {impossible[name]}")
-    return keep
+    return names
 
 
 def _common_label_tokens(queries: Sequence[Query]) -> tuple[Int[Tensor, "_label_pos"], ...]:

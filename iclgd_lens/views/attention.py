@@ -237,7 +237,7 @@ def rank_heads(icl: Activations, ft: Activations, zsl: Activations) -> list[tupl
         `(layer, head, SimAM_Δ)`, the highest first; heads for which it is not defined are left out.
 
     Raises:
-        ValueError: If the runs are not of the same queries and model.
+        ValueError: As `sim_am_delta`.
     """
     found = sim_am_delta(icl, ft, zsl).nanmean(dim=0)
     ranked = [(layer, head, float(found[layer, head])) for layer, head in (~found.isnan()).nonzero().tolist()]

@@ -24,7 +24,7 @@ from iclgd_lens.metrics.agreement import (
 def run(predictions: list[int], labels: list[int]) -> Activations:
     log_probs = torch.nn.functional.one_hot(torch.tensor(predictions), 3).float()
     mask = torch.ones(len(labels), 1, dtype=torch.bool)
-    return Activations({"label_log_probs": log_probs}, mask, torch.tensor(labels), torch.tensor(labels), "", ())
+    return Activations({"label_log_probs": log_probs}, mask, torch.tensor(labels), torch.tensor(labels), "")
 
 
 def test_accuracy_counts_known_labels_only():
@@ -58,7 +58,7 @@ def scored(log_probs: Tensor, labels: list[int] | None = None) -> Activations:
     n = len(log_probs)
     mask = torch.ones(n, 1, dtype=torch.bool)
     gold = torch.tensor(labels or [0] * n)
-    return Activations({"label_log_probs": log_probs}, mask, gold, gold, "", ())
+    return Activations({"label_log_probs": log_probs}, mask, gold, gold, "")
 
 
 def random_scores(seed: int, n: int = 50, n_labels: int = 4) -> Tensor:
@@ -178,7 +178,7 @@ def test_the_lens_gives_the_gold_label_its_share_of_the_label_words_after_every_
     logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[1.0, 3.0], [-5.0, 5.0]], [[9.0, 0.0], [0.0, 0.0]]])
     logits[1, 0, 0] = math.inf
     labels = torch.tensor([0, 1, -1])
-    runs = Activations({"lens_logits": logits}, torch.ones(3, 1, dtype=torch.bool), labels, labels, "", ())
+    runs = Activations({"lens_logits": logits}, torch.ones(3, 1, dtype=torch.bool), labels, labels, "")
     found = lens_gold_probability(runs)
     assert found[0].tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-2))])
     assert found[1, 1] == pytest.approx(1 / (1 + math.exp(-10)))

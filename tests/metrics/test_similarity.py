@@ -19,7 +19,7 @@ def activations(attn_out: Tensor, query_scores: Tensor | None = None, lengths: l
     mask = torch.arange(query_scores.shape[-1]) >= query_scores.shape[-1] - torch.tensor(lengths or [LENGTH] * n)[:, None]
     kept = {"attn_out": attn_out, "query_scores": query_scores * mask[:, None, None]}
     shape = f"{attn_out.shape[1:]} {query_scores.shape[1:3]}"
-    return Activations(kept, mask, torch.zeros(n, dtype=torch.long), mask.sum(-1), shape, ())
+    return Activations(kept, mask, torch.zeros(n, dtype=torch.long), mask.sum(-1), shape)
 
 
 def random_run(seed: int, n: int = 4) -> Activations:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from iclgd_lens.models.sites import sites_of
-from iclgd_lens.runs.activations import Activations
 from iclgd_lens.models.touched import same_at_every_position
+from iclgd_lens.runs.activations import Activations
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.runs.passes import fitting_batch_size
 from iclgd_lens.updates.gradient import gd, lcgd

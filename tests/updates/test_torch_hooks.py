@@ -16,7 +16,7 @@ from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.gradient import gd, lcgd
 from tests.hf_zoo import make_hf_model
 from tests.models_zoo import make_demonstrations, make_model, make_queries
-from tests.reference import parameter, relative_error, reference_update
+from tests.reference import parameter, reference_update, relative_error
 
 METHODS = {"gd": gd, "lcgd": lcgd}
 LAST = 2
