@@ -1,6 +1,7 @@
 from .data.bundled import bundled_task
 from .data.episodes import Episode
-from .data.prompts import ContextLayout, Demonstration, PromptFormat, Query
+from .data.formats import PromptFormat
+from .data.prompts import ContextLayout, Demonstration, Query
 from .data.registry import load_task, register_task, task_names
 from .data.tasks import Task
 from .experiments.claims import claims

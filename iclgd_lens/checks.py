@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from jaxtyping import Num
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def require_one_of(name: str, given: object, allowed: Sequence[str]) -> None:
@@ -29,6 +31,53 @@ def require_some_of(name: str, given: Sequence[str], allowed: Sequence[str]) -> 
     """
     if unknown := [each for each in given if each not in allowed]:
         raise ValueError(f"{name} must be some of {', '.join(allowed)}; got {unknown[0]!r}")
+
+
+def in_order(name: str, given: Iterable[T]) -> tuple[T, ...]:
+    """Take the items of an argument once, as a tuple: a generator can be read only once.
+
+    Args:
+        name: The argument.
+        given: The items, in an order that means something.
+
+    Raises:
+        ValueError: If they are a set, whose order differs from process to process, a mapping, one text, or not several items.
+    """
+    if isinstance(given, set | frozenset):
+        raise ValueError(
+            f"{name} must be given in an order, and a set has another one in every process; give a list: got {given!r}"
+        )
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"{name} must be several items in an order, such as a list; got {type(given).__name__} {given!r}")
+    return tuple(given)
+
+
+def as_whole(name: str, given: Any, least: int = 0) -> int:
+    """Take an argument as a whole number.
+
+    Args:
+        name: The argument.
+        given: A whole number, of Python, of NumPy, or in a tensor without dimensions.
+        least: The smallest number that is allowed.
+
+    Raises:
+        ValueError: If it is something else: smaller, a float, or true or false.
+    """
+    if isinstance(given, Tensor) and given.ndim == 0:
+        given = given.item()
+    if not isinstance(given, Integral) or isinstance(given, bool) or given < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {given!r}")
+    return int(given)
+
+
+def require_bool(name: str, given: object) -> None:
+    """Check that an argument is true or false.
+
+    Raises:
+        ValueError: If it is anything else, such as a text.
+    """
+    if not isinstance(given, bool):
+        raise ValueError(f"{name} must be True or False, got {given!r}")
 
 
 def require_count(name: str, given: object) -> None:

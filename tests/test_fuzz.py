@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 import iclgd_lens
 from iclgd_lens import Task, capture, compare, gd, lcgd
 from iclgd_lens.data.episodes import Episode
-from iclgd_lens.data.prompts import ContextLayout, bos_token, context_tokens
+from iclgd_lens.data.formats import bos_token
+from iclgd_lens.data.prompts import ContextLayout, context_tokens
 from iclgd_lens.models.bundled.learner import build_tokenizer
 from tests.models_zoo import make_model
 from tests.reference import reference_capture, reference_update, relative_error

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from iclgd_lens.data.escapes import unescaped
+
 # Where nobody watches, as in a pipe, tables need not fold to 80 columns.
 console = Console(width=None if Console().is_terminal or "COLUMNS" in os.environ else 160)
 errors = Console(stderr=True)
@@ -21,6 +23,19 @@ Model = Annotated[str, typer.Option(help="'bundled', the folder of a Hugging Fac
 Data = Annotated[
     Path | None,
     typer.Option(help="Folder of local data, as TASK/SPLIT.csv, .jsonl or .parquet; else the hub.", envvar="ICLGD_DATA"),
+]
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        help="What stands between demonstrations: \\n is a line break, {eos} the end-of-text token. By default the task's own.",
+        show_default=False,
+    ),
+]
+SpaceBeforeLabels = Annotated[
+    bool | None,
+    typer.Option(
+        help="Write label words after a space, or right after the template. By default as the task has it.", show_default=False
+    ),
 ]
 DType = Annotated[Literal["float32", "float64", "bfloat16", "float16"], typer.Option(help="The dtype of the weights.")]
 Backend = Annotated[
@@ -49,6 +64,15 @@ def parse_k(k: str) -> int | Literal["fit"]:
         return int(k)
     except ValueError:
         raise ValueError(f"k must be a number of demonstrations or 'fit', got {k!r}") from None
+
+
+def parse_separator(separator: str | None) -> str | None:
+    r"""Read a separator, whose line breaks a shell leaves as `\n`; None stays None.
+
+    Raises:
+        ValueError: If a backslash stands before a letter that means nothing.
+    """
+    return None if separator is None else unescaped("--separator", separator)
 
 
 def require_writable(file: Path, instead: str = "give a place that can be written with --out") -> None:

@@ -11,9 +11,12 @@ from iclgd_lens.cli.common import (
     Device,
     LossOn,
     Readout,
+    Separator,
+    SpaceBeforeLabels,
     console,
     errors_for_people,
     parse_k,
+    parse_separator,
     require_writable,
     say,
 )
@@ -34,6 +37,8 @@ def demo(
         float,
         typer.Option(help="Learning rate of GD and LCGD. The default is what iclgd reproduce --lr auto chooses on held-out draws."),
     ] = 0.3,
+    separator: Separator = None,
+    space_before_labels: SpaceBeforeLabels = None,
     loss_on: LossOn = "demonstration",
     readout: Readout = "vocab",
     seed: Annotated[
@@ -44,7 +49,7 @@ def demo(
 ) -> None:
     """Compare in-context learning with GD and LCGD on the bundled model and on its untrained twin, offline, in under a minute."""
     with errors_for_people():
-        count = parse_k(k)
+        count, between = parse_k(k), parse_separator(separator)
         require_writable(out / "frame.parquet")
         with console.status("loading torch, TransformerLens and the bundled model"):
             from iclgd_lens.cli.running import close_run, compare_episodes, use_threads_for
@@ -55,7 +60,7 @@ def demo(
 
             use_threads_for("bundled")
             model = load_model("bundled", device=device)
-            drawn = load_task(task)
+            drawn = load_task(task, separator=between, space_before_labels=space_before_labels)
         seeds = range(seed, seed + episodes)
         frame = compare_episodes(
             model,
@@ -83,6 +88,7 @@ def demo(
     with errors_for_people():
         options = {**UPDATE_OPTIONS, "loss_on": loss_on, "readout": readout}
         run = {"command": "demo", "task": task, "k": k, "episodes": episodes, "queries": queries, "lr": lr, "seed": seed}
+        run |= {"separator": drawn.format.separator, "space_before_labels": drawn.format.space_before_labels}
         run |= {"twins": True, "controls": CONTROLS, "options": options}
         first = drawn.episode(model, k=count, n_queries=queries, seed=seed)
         close_run(out, model, "bundled", run, first, {"gd": lr, "lcgd": lr}, options)

@@ -16,9 +16,12 @@ from iclgd_lens.cli.common import (
     LossOn,
     Model,
     Readout,
+    Separator,
+    SpaceBeforeLabels,
     console,
     errors_for_people,
     parse_k,
+    parse_separator,
     require_writable,
     say,
 )
@@ -37,6 +40,8 @@ def kernels(
         typer.Option(help="Learning rate of GD and LCGD. By default the paper's for its tasks, and 0.3 for the bundled ones."),
     ] = None,
     twins: Annotated[bool, typer.Option(help="Run untrained twins, too.")] = True,
+    separator: Separator = None,
+    space_before_labels: SpaceBeforeLabels = None,
     loss_on: LossOn = "demonstration",
     readout: Readout = "vocab",
     seed: Annotated[
@@ -50,7 +55,7 @@ def kernels(
 ) -> None:
     """View ICL, GD and LCGD as kernel methods: smoothing, implied attention, label regression, tangent kernels, functional GD."""
     with errors_for_people():
-        count = parse_k(k)
+        count, between = parse_k(k), parse_separator(separator)
         require_writable(out / "frame.parquet")
         with console.status("loading torch and TransformerLens"):
             import torch
@@ -63,7 +68,7 @@ def kernels(
             from iclgd_lens.models.loading import load_model, shown_name
             from iclgd_lens.views.kernel_tables import kernel_tables, kernel_verdict
             from iclgd_lens.views.sheets import write_sheets
-        drawn = load_task(task, data)
+        drawn = load_task(task, data, separator=between, space_before_labels=space_before_labels)
         rate = _rate(lr, task)
         use_threads_for(model)
         with console.status(Text(f"loading the model {model}")):
@@ -110,6 +115,7 @@ def kernels(
     with errors_for_people():
         run: dict[str, Any] = {"command": "kernels", "task": task, "data": None if data is None else str(data), "k": k}
         run |= {"episodes": episodes, "queries": queries, "lr": rate, "twins": twins, "seed": seed}
+        run |= {"separator": drawn.format.separator, "space_before_labels": drawn.format.space_before_labels}
         options = {**UPDATE_OPTIONS, "loss_on": loss_on, "readout": readout}
         run |= {"controls": (), "options": options}
         first = drawn.episode(loaded, k=count, n_queries=queries, seed=seed)

@@ -18,9 +18,12 @@ from iclgd_lens.cli.common import (
     LossOn,
     Model,
     Readout,
+    Separator,
+    SpaceBeforeLabels,
     console,
     errors_for_people,
     parse_k,
+    parse_separator,
     progress_bar,
     require_writable,
     say,
@@ -69,6 +72,8 @@ def reproduce(
         str | None, typer.Option(help="Whose demonstrations other_task takes. By default the next task's.")
     ] = None,
     twins: Annotated[bool, typer.Option(help="Run untrained twins, too.")] = True,
+    separator: Separator = None,
+    space_before_labels: SpaceBeforeLabels = None,
     loss_on: LossOn = "demonstration",
     readout: Readout = "vocab",
     tuning_seeds: Annotated[
@@ -118,6 +123,8 @@ def reproduce(
             n_tuning_queries=tuning_queries,
             lr_curve=lr_curve,
             options={**UPDATE_OPTIONS, "loss_on": loss_on, "readout": readout},
+            separator=parse_separator(separator),
+            space_before_labels=space_before_labels,
         )
         protocol.require_tasks()
         use_threads_for(model)

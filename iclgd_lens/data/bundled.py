@@ -8,7 +8,7 @@ from itertools import islice
 from typing import get_args
 
 from iclgd_lens.checks import require_one_of
-from iclgd_lens.data.prompts import PromptFormat
+from iclgd_lens.data.formats import PromptFormat
 from iclgd_lens.data.rows import Example
 from iclgd_lens.data.tasks import Draw, Task
 from iclgd_lens.draws import pick, shuffled

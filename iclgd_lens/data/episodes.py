@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from jaxtyping import Int
 from torch import Tensor
 
-from iclgd_lens.data.prompts import Demonstration, Query
+from iclgd_lens.checks import in_order
+from iclgd_lens.data.prompts import Demonstration, Query, as_label_tokens
 from iclgd_lens.digests import digest_of
 from iclgd_lens.draws import shuffled
+from iclgd_lens.models.hooked import HookedModel, is_hooked_transformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +27,14 @@ class Episode:
         demonstrations: In prompt order.
         queries: In draw order.
         label_words: One word per class.
-        label_tokens: The tokens of each label word, one `[label_pos]` tensor per class.
+        label_tokens: The tokens of each label word, one `[label_pos]` tensor per class. May be given as `as_label_tokens` takes it.
         order: Which order of these demonstrations it is; 0 is that of the draw.
+
+    Several items may be given by any list, tuple or generator, which is read once.
+
+    Raises:
+        ValueError: If several items are a set or one text, `label_words` and `label_tokens` are not equally many, or a
+            demonstration has a label index that is not among them.
     """
 
     task: str
@@ -36,6 +44,19 @@ class Episode:
     label_words: tuple[str, ...]
     label_tokens: tuple[Int[Tensor, "_label_pos"], ...]
     order: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("demonstrations", "queries", "label_words"):
+            object.__setattr__(self, name, in_order(name, getattr(self, name)))
+        object.__setattr__(self, "label_tokens", as_label_tokens(self.label_tokens))
+        if len(self.label_words) != len(self.label_tokens):
+            raise ValueError(f"an episode has {len(self.label_words)} label words and the tokens of {len(self.label_tokens)}")
+        for number, demonstration in enumerate(self.demonstrations):
+            if demonstration.label is not None and demonstration.label >= len(self.label_words):
+                raise ValueError(
+                    f"demonstration {number} has the label index {demonstration.label}, and the episode {len(self.label_words)} "
+                    "label words, counted from 0"
+                )
 
     @property
     def k(self) -> int:
@@ -83,8 +104,29 @@ def how_many_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Quer
     return len(demonstrations)
 
 
-def require_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query], n_ctx: int) -> None:
+def window_note(model: HookedModel) -> str:
+    """A clause for messages about a window that may be smaller than that of the model's weights; empty where it cannot be.
+
+    TransformerLens gives some architectures a `HookedTransformer` whose `cfg.n_ctx` is a number of its own, such as 2048 for
+    Mistral and Qwen 3. Where positions are learned, the window is as long as the table of positions.
+    """
+    cfg = model.cfg
+    if not is_hooked_transformer(model) or cfg.original_architecture is None or cfg.positional_embedding_type == "standard":
+        return ""
+    return (
+        'TransformerLens may have capped this window (at 2048 for Mistral and Qwen 3): load_model(..., backend="bridge") keeps '
+        "the model's own"
+    )
+
+
+def require_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query], n_ctx: int, note: str = "") -> None:
     """Check that the demonstrations and the longest query fit a context window together.
+
+    Args:
+        demonstrations: The demonstrations, in prompt order.
+        queries: The queries.
+        n_ctx: The context window, in tokens.
+        note: What else the message says of the window; see `window_note`.
 
     Raises:
         ValueError: If they do not, saying how many demonstrations would.
@@ -93,13 +135,16 @@ def require_fit(demonstrations: Sequence[Demonstration], queries: Sequence[Query
     needed = 1 + context + _longest_body(queries)
     if needed <= n_ctx:
         return
+    more = f"; {note}" if note else ""
     if not demonstrations:
-        raise ValueError(f"the longest query makes a prompt of {needed} tokens, longer than the model's context window of {n_ctx}")
+        raise ValueError(
+            f"the longest query makes a prompt of {needed} tokens, longer than the model's context window of {n_ctx}{more}"
+        )
     fitting = how_many_fit(demonstrations, queries, n_ctx)
     advice = f"{fitting} would fit: pass k={fitting}, or k='fit'" if fitting else "not even one demonstration would fit"
     raise ValueError(
         f"{len(demonstrations)} demonstrations and the longest query make a prompt of {needed} tokens, longer than the model's "
-        f"context window of {n_ctx}; {advice}"
+        f"context window of {n_ctx}; {advice}{more}"
     )
 
 
@@ -128,7 +173,7 @@ def require_known_tokens(
 
 
 def _longest_body(queries: Sequence[Query]) -> int:
-    """The tokens that the longest query needs behind a context: its text without BOS, and its longest label but the last
+    """The tokens that the longest query needs after a context: its text without BOS, and its longest label but the last
     token, which is only predicted.
     """
     return max(len(query.tokens) - 1 + max((len(tokens) for tokens in query.label_tokens), default=1) - 1 for query in queries)

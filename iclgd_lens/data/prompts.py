@@ -7,50 +7,65 @@ label, with the label words it is to be scored on. An in-context prompt is
 
 with a single BOS in front (Deutch et al. 2024, section 3.1). Texts, labels and separators are tokenised apart from each other,
 so the position of every label is known, and a query's tokens are the same with and without demonstrations. The name of a special
-token in a text is that token, as wherever a tokenizer reads texts.
+token in a text is that token, as wherever a tokenizer reads texts. A text that begins with the name of BOS, as a chat template may,
+has the prompt's one BOS by that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from string import Formatter
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from iclgd_lens.checks import as_whole, in_order
 from iclgd_lens.digests import digest_of
 
 
-def require_text(text: object, what: str) -> None:
-    """Check that something is text that can be written.
+def require_tokens(tokens: object, what: str) -> None:
+    """Check that something is one sequence of tokens, as embeddings are looked up by.
 
     Args:
-        text: Maybe a text.
+        tokens: Maybe tokens, `[pos]`.
         what: What messages call it.
 
     Raises:
-        ValueError: If it is no string, or holds half of a character, as JSON can escape one and no tokenizer reads.
+        ValueError: If it is no tensor, has another number of dimensions than one, or holds numbers of another dtype than int64.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"{what} must be text, got {text!r}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"{text[error.start]!r} at position {error.start}"
-        raise ValueError(f"{what} holds half of a character, {half}; write the whole character") from None
-
-
-def require_token_numbers(tokens: Int[Tensor, "pos"], what: str) -> None:
-    """Check that tokens are what embeddings are looked up by.
-
-    Raises:
-        ValueError: If they are numbers of another kind.
-    """
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"{what} must be a tensor of token numbers, [pos]; got {type(tokens).__name__} {tokens!r}")
+    if tokens.ndim != 1:
+        raise ValueError(f"{what} must be one sequence, [pos]; got shape {list(tokens.shape)}")
     if tokens.dtype != torch.long:
         raise ValueError(f"{what} must be whole numbers of dtype torch.int64, got {tokens.dtype}")
+
+
+def as_label_tokens(given: Iterable[Int[Tensor, "_label_pos"]] | Int[Tensor, "label label_pos"]) -> tuple[Tensor, ...]:
+    """Take the tokens of label words in any of their forms.
+
+    Args:
+        given: One `[label_pos]` tensor per class, in the order of the classes; or, for words of equally many tokens, one
+            `[label, label_pos]` tensor with a row per class.
+
+    Returns:
+        One `[label_pos]` tensor per class.
+
+    Raises:
+        ValueError: If it is something else, in no order, or a word has no tokens.
+    """
+    if isinstance(given, Tensor):
+        if given.ndim != 2:
+            advice = "; give words of one token each as label_tokens[:, None]" if given.ndim == 1 else ""
+            raise ValueError(f"label_tokens as one tensor must have a row per class, got shape {list(given.shape)}{advice}")
+        given = given.unbind()
+    words = in_order("label_tokens", given)
+    for number, tokens in enumerate(words):
+        require_tokens(tokens, f"the tokens of label word {number}")
+        if not len(tokens):
+            raise ValueError(f"label word {number} has no tokens")
+    return words
 
 
 def _no_tokens() -> Int[Tensor, "0"]:
@@ -69,7 +84,8 @@ class Demonstration:
         label: The class index, where it is known.
 
     Raises:
-        ValueError: If `tokens` is not one-dimensional, of another dtype than int64, or too short for BOS and the label.
+        ValueError: If `tokens` or `separator` is not one-dimensional or of another dtype than int64, `tokens` is too short for BOS
+            and the label, or `n_label_tokens` or `label` is no whole number or too small.
     """
 
     tokens: Int[Tensor, "pos"]
@@ -78,11 +94,10 @@ class Demonstration:
     label: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens.ndim != 1:
-            raise ValueError(f"tokens must be one sequence, [pos]; got shape {list(self.tokens.shape)}")
-        require_token_numbers(self.tokens, "tokens")
-        require_token_numbers(self.separator, "the tokens of a separator")
-        if not 1 <= self.n_label_tokens < len(self.tokens):
+        require_tokens(self.tokens, "tokens")
+        require_tokens(self.separator, "the tokens of a separator")
+        _put(self, n_label_tokens=as_whole("n_label_tokens", self.n_label_tokens, least=1), label=_class_index(self.label))
+        if self.n_label_tokens >= len(self.tokens):
             raise ValueError(
                 f"n_label_tokens={self.n_label_tokens} does not fit a demonstration of {len(self.tokens)} tokens, "
                 "which begins with BOS and ends with its label"
@@ -95,12 +110,12 @@ class Query:
 
     Attributes:
         tokens: `[pos]`: BOS, text. The last token is the one that predicts the label.
-        label_tokens: One `[label_pos]` tensor per class: the tokens of its label word.
+        label_tokens: One `[label_pos]` tensor per class: the tokens of its label word. May be given as `as_label_tokens` takes it.
         label: The gold class index, where it is known.
 
     Raises:
-        ValueError: If `tokens` is not one-dimensional, of another dtype than int64 or holds nothing after BOS, or a label word has
-            no tokens.
+        ValueError: If `tokens` is not one-dimensional, of another dtype than int64 or holds nothing after BOS, `label_tokens` is
+            not what `as_label_tokens` takes, or `label` is no whole number, negative, or not among the label words.
     """
 
     tokens: Int[Tensor, "pos"]
@@ -108,20 +123,32 @@ class Query:
     label: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens.ndim != 1 or len(self.tokens) < 2:
+        if isinstance(self.tokens, Tensor) and (self.tokens.ndim != 1 or len(self.tokens) < 2):
             raise ValueError(
                 f"a query's tokens must be one sequence of BOS and at least one more token; got shape {list(self.tokens.shape)}"
             )
-        require_token_numbers(self.tokens, "a query's tokens")
-        for number, tokens in enumerate(self.label_tokens):
-            require_token_numbers(tokens, f"the tokens of label word {number}")
-        if any(len(tokens) == 0 for tokens in self.label_tokens):
-            raise ValueError(f"label word {[len(tokens) for tokens in self.label_tokens].index(0)} of a query has no tokens")
+        require_tokens(self.tokens, "a query's tokens")
+        _put(self, label_tokens=as_label_tokens(self.label_tokens), label=_class_index(self.label))
+        if self.label is not None and self.label_tokens and self.label >= len(self.label_tokens):
+            raise ValueError(
+                f"label must be the index of one of the {len(self.label_tokens)} label words, 0 to {len(self.label_tokens) - 1}; "
+                f"got {self.label}"
+            )
 
     @property
     def digest(self) -> str:
         """What a model sees of it and its gold label, in 12 hex digits."""
         return digest_of([self.tokens.tolist(), self.label], digits=12)
+
+
+def _put(example: Demonstration | Query, **values: object) -> None:
+    """Set what a frozen value was given in another form."""
+    for name, value in values.items():
+        object.__setattr__(example, name, value)
+
+
+def _class_index(label: object) -> int | None:
+    return None if label is None else as_whole("label", label)
 
 
 def context_tokens(demonstrations: Sequence[Demonstration]) -> Int[Tensor, "pos"]:
@@ -167,127 +194,3 @@ class ContextLayout:
         )
         first_label = torch.tensor([len(d.tokens) - d.n_label_tokens for d in demonstrations]).repeat_interleave(lengths)
         return cls(torch.arange(len(demonstrations)).repeat_interleave(lengths), position, position >= first_label)
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """How a task's rows are written.
-
-    Attributes:
-        template: The text around a row's fields, such as `"Sentence: {sentence} Label:"`. The label follows it after a space.
-        separator: What stands between demonstrations; `{eos}` is the tokenizer's end-of-text token.
-
-    Raises:
-        ValueError: If the template has no field, a field without a name or with a format of its own, or unbalanced braces.
-    """
-
-    template: str
-    separator: str = "{eos}"
-
-    def __post_init__(self) -> None:
-        require_text(self.template, "the template")
-        require_text(self.separator, "the separator")
-        try:
-            parts = [part for part in Formatter().parse(self.template) if part[1] is not None]
-        except ValueError as error:
-            raise ValueError(f"the template {self.template!r} cannot be read: {error}") from error
-        names = [str(name) for _, name, _, _ in parts]
-        if not names or not all(name.isidentifier() for name in names):
-            raise ValueError(
-                f"the template {self.template!r} must name one or more columns in braces, as in 'Review: {{text}} Label:'"
-            )
-        if formatted := [str(name) for _, name, style, conversion in parts if style or conversion]:
-            raise ValueError(
-                f"the template {self.template!r} gives the field {formatted[0]!r} a format, and texts are put in as they are; "
-                f"write {{{formatted[0]}}}"
-            )
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The names of the template's fields, in order."""
-        return tuple(name for _, name, _, _ in Formatter().parse(self.template) if name)
-
-    @property
-    def _tail(self) -> str:
-        """What the template says behind its last field."""
-        parts = list(Formatter().parse(self.template))
-        last = max(index for index, (_, name, _, _) in enumerate(parts) if name is not None)
-        return "".join(literal for literal, *_ in parts[last + 1 :])
-
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> Int[Tensor, "pos"]:
-        """Tokenise BOS and the template filled with a row's fields.
-
-        Raises:
-            ValueError: If nothing is left of the text, as where a tokenizer drops characters that it does not know.
-        """
-        text = self.template.format_map(row)
-        if not (tokens := _encode(tokenizer, text)):
-            raise ValueError(f"this model's tokenizer makes no tokens of the prompt {text!r}")
-        return torch.tensor([bos_token(tokenizer), *tokens])
-
-    def separator_tokens(self, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "pos"]:
-        """Tokenise the separator as it stands behind a label.
-
-        Raises:
-            ValueError: If the separator is to hold the end-of-text token and the tokenizer has none.
-        """
-        if "{eos}" in self.separator and tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has no end-of-text token for the separator '{eos}'; give the task another separator")
-        text = self.separator.replace("{eos}", tokenizer.eos_token or "")
-        return torch.tensor(_encode_behind(tokenizer, "x", text), dtype=torch.long)
-
-    def label_tokens(self, tokenizer: PreTrainedTokenizerBase, label_words: Sequence[str]) -> tuple[Int[Tensor, "_label_pos"], ...]:
-        """Tokenise label words as they stand after the template, with a leading space.
-
-        They are tokenised behind the template's last words, since some tokenizers write the beginning of a text differently.
-
-        Raises:
-            ValueError: If a word comes to no tokens or to the unknown token, or two words come to the same tokens.
-        """
-        # A letter stands for the field, so that the label is never the beginning of a text.
-        tail = f"x{self._tail}"
-        tokenised: dict[tuple[int, ...], str] = {}
-        for word in label_words:
-            tokens = tuple(_encode_behind(tokenizer, tail, f" {word}"))
-            if not word.strip() or not tokens:
-                raise ValueError(f"the label word {word!r} tokenises to nothing; give every class a word")
-            if tokenizer.unk_token_id in tokens:
-                raise ValueError(f"this model's tokenizer does not know the label word {word!r}")
-            if tokens in tokenised:
-                raise ValueError(
-                    f"the label words {tokenised[tokens]!r} and {word!r} tokenise to the same tokens, {list(tokens)}, with this "
-                    "model's tokenizer; choose words that it tells apart"
-                )
-            tokenised[tokens] = word
-        return tuple(torch.tensor(tokens) for tokens in tokenised)
-
-
-def bos_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that prompts begin with: BOS, or end-of-text where a tokenizer has no BOS.
-
-    Raises:
-        ValueError: If it has neither.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ValueError("the tokenizer has neither a BOS nor an end-of-text token; set tokenizer.bos_token")
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
-
-
-def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
-    """Tokenise a text as it stands behind another, apart from it: some tokenizers put a space in front of what they begin with.
-
-    Where a token would reach over the boundary, they are the text's own tokens, that space taken off if that gives the text back.
-    """
-    if not text:
-        return []
-    first, whole, alone = _encode(tokenizer, before), _encode(tokenizer, before + text), _encode(tokenizer, text)
-    if whole[: len(first)] == first and len(whole) > len(first):
-        return whole[len(first) :]
-    shown = tokenizer.decode(whole)
-    found = (tokens for tokens in (alone, _encode(tokenizer, text.lstrip(" "))) if tokenizer.decode(first + tokens) == shown)
-    return next(found, alone)

@@ -126,16 +126,22 @@ def require_tasks(names: list[str]) -> None:
             raise ValueError(f"unknown task {name!r}{hint} Known tasks: {', '.join(known)}")
 
 
-def load_task(name: str, data: str | Path | None = None) -> Task:
-    """Load a task by name.
+def load_task(
+    name: str, data: str | Path | None = None, *, separator: str | None = None, space_before_labels: bool | None = None
+) -> Task:
+    r"""Load a task by name.
 
     Args:
         name: One of `task_names()`.
         data: A folder of local files in the data sets' own columns, one folder per task and one file per split (see
             `data/sources.py`); by default that in the environment variable `ICLGD_DATA`, or else the hub. Bundled tasks need none.
+        separator: What stands between demonstrations, such as `"\n"`; by default the task's own. `{eos}` is the tokenizer's
+            end-of-text token.
+        space_before_labels: Whether a space stands between the template and the label word; by default as the task has it.
 
     Raises:
-        ValueError: If there is no such task, or a file has a wrong column or label (the message names file, row and column).
+        ValueError: If there is no such task, or a file has a wrong column or label (the message names file, row and column), or as
+            `PromptFormat`.
         OSError: If a file is missing, or the hub cannot be reached and its cache does not hold the data set.
         TypeError: If what another package registered under the name makes no task.
     """
@@ -144,7 +150,8 @@ def load_task(name: str, data: str | Path | None = None) -> Task:
     task = make(data)
     if not isinstance(task, Task):
         raise TypeError(f"the maker of task {name!r} returned {type(task).__name__}, not a Task")
-    return task if task.name == name else replace(task, name=name)
+    named = task if task.name == name else replace(task, name=name)
+    return named.with_format(separator=separator, space_before_labels=space_before_labels)
 
 
 def _entry_points() -> dict[str, EntryPoint]:

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iclgd_lens import hub
-from iclgd_lens.data.prompts import PromptFormat
-from iclgd_lens.data.rows import read_csv, read_jsonl
-from iclgd_lens.data.tasks import Labels, Task
+from iclgd_lens.data.formats import PromptFormat
+from iclgd_lens.data.rows import Labels, read_csv, read_jsonl
+from iclgd_lens.data.tasks import Task
 
 DATA_VARIABLE = "ICLGD_DATA"
 

@@ -16,20 +16,22 @@ name are in `data/registry.py`. The same seed gives the same episode on every ma
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import datasets
 import torch
 
 from iclgd_lens.checks import require_count
-from iclgd_lens.data.episodes import Episode, how_many_fit, require_fit
-from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query
-from iclgd_lens.data.rows import Example, checked_examples, read_csv, read_jsonl
+from iclgd_lens.data.episodes import Episode, how_many_fit, require_fit, window_note
+from iclgd_lens.data.formats import PromptFormat
+from iclgd_lens.data.prompts import Demonstration, Query
+from iclgd_lens.data.rows import Example, Labels, checked_examples, label_table, read_csv, read_jsonl
+from iclgd_lens.data.tables import Rows, rows_of
 from iclgd_lens.digests import digest_of
 from iclgd_lens.draws import shuffled
 from iclgd_lens.models.hooked import HookedModel
@@ -37,7 +39,7 @@ from iclgd_lens.models.hooked import HookedModel
 MOST_DEMONSTRATIONS = 32
 """How many demonstrations `k="fit"` draws before it keeps those that fit; the paper's number."""
 
-Labels = Mapping[Any, str] | Sequence[str]
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 Drawing = Callable[[int, int, int], "Draw"]
 """`(k, n_queries, seed) -> Draw`: at most k demonstrations and at most `n_queries` queries."""
@@ -80,7 +82,30 @@ class Task:
         draws for seed 0 stands for all that it draws.
         """
         drawn = self.rows_digest or repr(self.draw(self.most, self.most, 0))
-        return digest_of([self.name, repr(self.format), self.most, drawn])
+        return digest_of([self.name, self.format.identity, self.most, drawn])
+
+    def with_format(self, *, separator: str | None = None, space_before_labels: bool | None = None) -> Task:
+        """The same task with prompts that are written otherwise, on its rows for tuning and reporting, too.
+
+        Args:
+            separator: As in `PromptFormat`; None for the task's own.
+            space_before_labels: As in `PromptFormat`; None for the task's own.
+
+        Raises:
+            ValueError: As `PromptFormat`.
+        """
+        if separator is None and space_before_labels is None:
+            return self
+        written = replace(
+            self.format,
+            separator=self.format.separator if separator is None else separator,
+            space_before_labels=self.format.space_before_labels if space_before_labels is None else space_before_labels,
+        )
+
+        def changed(task: Task | None) -> Task | None:
+            return None if task is None else replace(task, format=written)
+
+        return replace(self, format=written, reporting=changed(self.reporting), tuning=changed(self.tuning))
 
     def for_tuning(self) -> Task:
         """The task to choose options on, such as a learning rate, whose queries `for_reporting` never has. Take other seeds, too.
@@ -137,7 +162,7 @@ class Task:
         if k == "fit":
             fitting = max(1, how_many_fit(episode.demonstrations, episode.queries, model.cfg.n_ctx))
             episode = replace(episode, demonstrations=episode.demonstrations[:fitting])
-        require_fit(episode.demonstrations, episode.queries, model.cfg.n_ctx)
+        require_fit(episode.demonstrations, episode.queries, model.cfg.n_ctx, window_note(model))
         return episode.reordered(order)
 
     def _tokenised(self, model: HookedModel, k: int, n_queries: int, seed: int) -> Episode:
@@ -166,40 +191,54 @@ class Task:
     @classmethod
     def from_rows(
         cls,
-        rows: Iterable[Mapping[str, Any]],
+        rows: Rows,
         *,
         name: str,
         template: str,
         labels: Labels,
         label_column: str = "label",
         separator: str = "{eos}",
-        query_rows: Iterable[Mapping[str, Any]] | None = None,
+        space_before_labels: bool = True,
+        query_rows: Rows | None = None,
         sources: tuple[str, str] | None = None,
     ) -> Task:
-        """Make a task from rows in memory; `from_csv`, `from_jsonl` and `from_dataset` read theirs and come here.
+        """Make a task from rows in memory; `from_csv`, `from_jsonl` and `from_dataset` read theirs and come here. Rows are read
+        once, at once.
 
         Demonstrations are the first k rows shuffled with the episode's seed. Queries are the first `query_rows` shuffled once
         with a fixed seed, the same for every episode; without `query_rows` they are the rows that follow the demonstrations.
 
         Args:
-            rows: Each maps column names to values.
+            rows: Mappings from column names to values, a pandas `DataFrame`, a `pyarrow.Table`, or a data set of `datasets`, in any
+                of its formats.
             name: The task's name, used in messages and results.
-            template: The prompt, with column names in braces, ending where the label follows after a space.
-            labels: The label word of every value of the label column: a mapping, or a sequence for values 0, 1, ….
+            template: The prompt, with column names in braces, ending where the label follows.
+            labels: The label word of every value of the label column: a mapping, or words in the order of values 0, 1, …. Where
+                the column is a `datasets.ClassLabel`, a mapping may be from its names.
             label_column: Which column holds the label.
             separator: What stands between demonstrations; `{eos}` is the tokenizer's end-of-text token.
+            space_before_labels: Whether a space stands between the template and the label word.
             query_rows: A split of its own for queries.
             sources: What messages call the rows and the query rows; by default the task's name.
 
         Raises:
-            ValueError: If a row lacks a column, has an unknown label or an empty text (the message names the row, counted
-                from 1), or there are no rows.
+            ValueError: If a row lacks a column, has an unknown label, or a text that is empty or no text (the message names the
+                row, counted from 1, and the column), there are no rows, `rows` and `query_rows` are one generator, or `labels`
+                has no order or two values that are written alike.
+            TypeError: If `rows` is nothing that rows can be read from, such as a path or a `DatasetDict` of splits.
         """
-        prompt_format = PromptFormat(template, separator)
-        table = dict(labels.items() if isinstance(labels, Mapping) else enumerate(labels))
+        prompt_format = PromptFormat(template, separator, space_before_labels)
+        table = label_table(labels)
         label_words = tuple(table.values())
         source, query_source = sources or (name, f"{name} (queries)")
-        pool = checked_examples(rows, source, prompt_format, table, label_column)
+        if query_rows is rows and isinstance(rows, Iterator):
+            raise ValueError("rows and query_rows are one generator, of which either would get a part; give lists")
+
+        def examples(given: Rows, source: str) -> list[Example]:
+            read = rows_of(given, source, (*prompt_format.fields, label_column), label_column, table)
+            return checked_examples(read, source, prompt_format, table, label_column)
+
+        pool = examples(rows, source)
 
         def on(rows: list[Example]) -> Task:
             """A task whose queries are the rows that follow the demonstrations."""
@@ -218,9 +257,7 @@ class Task:
             return replace(
                 on(pool), reporting=on(parted[third:]), tuning=on(parted[:third]), rows_digest=_rows_digest(label_words, pool)
             )
-        queries = shuffled(
-            random.Random(f"{name}/queries"), checked_examples(query_rows, query_source, prompt_format, table, label_column)
-        )
+        queries = shuffled(random.Random(f"{name}/queries"), examples(query_rows, query_source))
 
         def draw_both(k: int, n_queries: int, seed: int) -> Draw:
             order = shuffled(random.Random(f"{name}/{seed}"), pool)
@@ -252,17 +289,18 @@ class Task:
         return cls._from_files(path, query_path, read_jsonl, options)
 
     @classmethod
-    def from_dataset(cls, dataset: datasets.Dataset, *, name: str, queries: datasets.Dataset | None = None, **options: Any) -> Task:
-        """Make a task from a `datasets.Dataset`, and one for queries; `options` are those of `from_rows`.
+    def from_dataset(cls, dataset: AnyDataset, *, name: str, queries: AnyDataset | None = None, **options: Any) -> Task:
+        """Make a task from a `datasets.Dataset` in any format or an `IterableDataset`, which is read to its end, and one for
+        queries; `options` are those of `from_rows`.
 
         Raises:
             TypeError: If given something else, such as a `DatasetDict` of splits.
             ValueError: As `from_rows`.
         """
         for given in (dataset, *([] if queries is None else [queries])):
-            if not isinstance(given, datasets.Dataset):
+            if not isinstance(given, AnyDataset):
                 splits = f"; choose one of its splits: {', '.join(given)}" if isinstance(given, Mapping) else ""
-                raise TypeError(f"need a datasets.Dataset, got {type(given).__name__}{splits}")
+                raise TypeError(f"need a datasets.Dataset or IterableDataset, got {type(given).__name__}{splits}")
         return cls.from_rows(dataset, name=name, query_rows=queries, **options)
 
     @classmethod

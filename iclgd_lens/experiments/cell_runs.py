@@ -42,7 +42,8 @@ class CellRuns:
         """Make a cell.
 
         Returns:
-            The frames of `Comparison` that have rows of it, by name, with the columns `model_name` and `dtype` in front.
+            The frames of `Comparison` that have rows of it, by name, with the columns `model_name`, `dtype`, `separator` and
+            `space_before_labels` in front; the last two are those of `Grid.rewritten`.
 
         Raises:
             ValueError: As `load_model`, `Task.episode`, `capture`, `gd` and `lcgd`.
@@ -72,9 +73,10 @@ class CellRuns:
                 other = self._other(group, reference.episode) if cell.control == "other_task" else None
                 reference.add_control(rows, cell.control, finetuned, cell.updates.options(), other, gd_run)
         frames = {part: rows.made(part) for part in PARTS if part == "frame" or getattr(rows, part)}
+        about = {"model_name": group.model.shown, "dtype": group.model.dtype, **self._grid.rewritten[group.task]}
         for frame in frames.values():
-            frame.insert(0, "model_name", group.model.shown)
-            frame.insert(1, "dtype", group.model.dtype)
+            for place, (column, value) in enumerate(about.items()):
+                frame.insert(place, column, value)
         return frames
 
     def load(self, group: Group) -> None:

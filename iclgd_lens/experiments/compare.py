@@ -11,10 +11,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
-from iclgd_lens.checks import require_some_of
+from iclgd_lens.checks import in_order, require_one_of, require_some_of
 from iclgd_lens.data.episodes import Episode
 from iclgd_lens.experiments.comparison import Comparison
 from iclgd_lens.experiments.kernels import TICKS, require_kernel_views
@@ -24,15 +24,17 @@ from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, Readout, Schedule
 from iclgd_lens.updates.inject import Parameter
 
+IfDiverged = Literal["raise", "record"]
+
 
 def compare(
     model: HookedModel,
     episode: Episode,
-    methods: Sequence[Method] = ("gd", "lcgd"),
+    methods: Iterable[Method] = ("gd", "lcgd"),
     *,
     lr: float | Mapping[str, float] = 0.01,
     untrained: HookedModel | None = None,
-    controls: Sequence[Control] = ("random",),
+    controls: Iterable[Control] = ("random",),
     other: Episode | None = None,
     loss_on: LossOn = "demonstration",
     readout: Readout = "vocab",
@@ -42,7 +44,7 @@ def compare(
     kernels: bool = False,
     batch_size: int | None = None,
     called: str = "trained",
-    if_diverged: Literal["raise", "record"] = "raise",
+    if_diverged: IfDiverged = "raise",
     on_run: Callable[[], None] | None = None,
 ) -> Comparison:
     """Compare what demonstrations do in-context with what gradient steps on them do.
@@ -69,12 +71,15 @@ def compare(
             nothing to change or an update diverges.
 
     Raises:
-        ValueError: If a method or control is unknown, a method has no learning rate, the control `"other_task"` has no other
-            episode, the kernel views are wanted and cannot be had (`require_kernel_views`), or as `capture`, `gd` and `lcgd` do.
+        ValueError: If a method or control is unknown, methods or controls are a set, `if_diverged` is unknown, a method has no
+            learning rate, the control `"other_task"` has no other episode, the kernel views are wanted and cannot be had
+            (`require_kernel_views`), or as `capture`, `gd` and `lcgd` do.
         DivergedError: If an update becomes non-finite, unless that is to be recorded.
     """
+    methods, controls = in_order("methods", methods), in_order("controls", controls)
     require_methods(methods)
     require_some_of("controls", controls, CONTROLS)
+    require_one_of("if_diverged", if_diverged, get_args(IfDiverged))
     if "other_task" in controls and other is None:
         raise ValueError("the control 'other_task' needs other=, an episode of another task")
     rates = dict(lr) if isinstance(lr, Mapping) else dict.fromkeys(map(str, methods), lr)
@@ -96,10 +101,10 @@ def compare(
 
 
 def n_runs(
-    methods: Sequence[Method], controls: Sequence[Control] = ("random",), untrained: bool = False, kernels: bool = False
+    methods: Iterable[Method], controls: Iterable[Control] = ("random",), untrained: bool = False, kernels: bool = False
 ) -> int:
     """How often `compare` calls `on_run`: zero-shot, in-context, each method's updates and runs, and the kernel views, for every
     model.
     """
-    updates = 1 + len(set(controls) - {"random"})
-    return (2 + 2 * updates * len(methods) + kernels * (TICKS + len(methods))) * (2 if untrained else 1)
+    n_methods, updates = len(tuple(methods)), 1 + len(set(controls) - {"random"})
+    return (2 + 2 * updates * n_methods + kernels * (TICKS + n_methods)) * (2 if untrained else 1)

@@ -37,7 +37,10 @@ def load_tasks(protocol: Protocol, data: str | Path | None) -> dict[str, Task]:
         OSError: As `load_task`.
     """
     others = (protocol.other(task) for task in protocol.tasks)
-    return {name: load_task(name, data) for name in dict.fromkeys([*protocol.tasks, *filter(None, others)])}
+    return {
+        name: load_task(name, data, separator=protocol.separator, space_before_labels=protocol.space_before_labels)
+        for name in dict.fromkeys([*protocol.tasks, *filter(None, others)])
+    }
 
 
 def tunes(protocol: Protocol) -> bool:

@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import product
 from typing import Literal
 
+from iclgd_lens.data.formats import PromptFormat
 from iclgd_lens.data.registry import load_task
 from iclgd_lens.data.tasks import Task
 from iclgd_lens.experiments.cells import cell_digest
@@ -86,6 +87,12 @@ class Group:
         return f"{model}, {self.task}, k {self.k}, seed {self.seed}, order {self.order}"
 
 
+def _rewritten(own: PromptFormat, written: PromptFormat) -> dict[str, str | None]:
+    separator = None if written.separator == own.separator else json.dumps(written.separator, ensure_ascii=False)
+    space = None if written.space_before_labels == own.space_before_labels else "yes" if written.space_before_labels else "no"
+    return {"separator": separator, "space_before_labels": space}
+
+
 Point = tuple[str, float | None, Updates, Control | None]
 """A cell without its digest."""
 
@@ -96,12 +103,15 @@ class Grid:
 
     Attributes:
         study: The study.
-        tasks: Its tasks by name, with those that the control `"other_task"` takes demonstrations from.
+        tasks: Its tasks by name, written as it says, with those that the control `"other_task"` takes demonstrations from.
+        rewritten: By task, the columns that say what is written otherwise than the task has it: `separator`, as JSON writes it, and
+            `space_before_labels`, yes or no. None for what is as the task has it.
         weights: What tells its models' weights apart, in the study's order.
     """
 
     study: Study
     tasks: Mapping[str, Task]
+    rewritten: Mapping[str, Mapping[str, str | None]]
     weights: tuple[str, ...]
 
     @classmethod
@@ -114,8 +124,13 @@ class Grid:
         """
         others = [study.other(task) for task in study.tasks]
         names = dict.fromkeys([*study.tasks, *(other for other in others if other)])
-        tasks = {name: load_task(name, study.data) for name in names}
-        return cls(study, tasks, tuple(model_digest(model.name) for model in study.models))
+        own = {name: load_task(name, study.data) for name in names}
+        tasks = {
+            name: task.with_format(separator=study.separator, space_before_labels=study.space_before_labels)
+            for name, task in own.items()
+        }
+        rewritten = {name: _rewritten(own[name].format, task.format) for name, task in tasks.items()}
+        return cls(study, tasks, rewritten, tuple(model_digest(model.name) for model in study.models))
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from iclgd_lens.checks import require_count, require_some_of
+from iclgd_lens.checks import in_order, require_bool, require_count, require_some_of
+from iclgd_lens.data.formats import require_text
 from iclgd_lens.data.registry import BUNDLED_TASKS, require_tasks
 from iclgd_lens.data.tasks import require_k
 from iclgd_lens.experiments.learning_rate import GRID, UPDATE_OPTIONS, held_out_seeds
@@ -65,6 +66,8 @@ class Protocol:
         lr_curve: Whether to measure similarity against learning rate, on the held-out draws.
         options: How updates are made, as in `gd`: `loss_on`, `readout`, `schedule`, `epochs` and `parameters`; the defaults are
             those of `gd`.
+        separator: What stands between demonstrations, as in `load_task`; by default each task's own.
+        space_before_labels: Whether a space stands before label words, as in `load_task`; by default as each task has it.
 
     Raises:
         ValueError: If anything is unknown, out of range or does not fit another.
@@ -85,6 +88,8 @@ class Protocol:
     n_tuning_queries: int = 64
     lr_curve: bool = False
     options: Mapping[str, Any] = field(default_factory=lambda: dict(UPDATE_OPTIONS))
+    separator: str | None = None
+    space_before_labels: bool | None = None
 
     @classmethod
     def from_json(cls, written: Mapping[str, Any]) -> Protocol:
@@ -94,11 +99,14 @@ class Protocol:
         return cls(**as_tuples | {"options": options})
 
     def __post_init__(self) -> None:
+        for name in ("tasks", "seeds", "grid", "methods", "controls", "twins"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, in_order(name, given))
         if not self.tasks:
             raise ValueError("no tasks: name at least one")
         for name in ("tasks", "seeds", "grid", "methods", "controls", "twins"):
             values = getattr(self, name) or ()
-            if twice := [value for value in values if list(values).count(value) > 1]:
+            if twice := [value for value in values if values.count(value) > 1]:
                 raise ValueError(f"{name} names {twice[0]!r} twice")
         require_methods(self.methods)
         require_some_of("controls", self.controls, CONTROLS)
@@ -110,6 +118,10 @@ class Protocol:
             require_k(self.k)
         if self.seeds is not None and not self.seeds:
             raise ValueError("seeds must be at least one; got none")
+        if self.separator is not None:
+            require_text(self.separator, "the separator")
+        if self.space_before_labels is not None:
+            require_bool("space_before_labels", self.space_before_labels)
         self._check_rate()
         object.__setattr__(self, "options", {**UPDATE_OPTIONS, **self.options})
         UpdateSettings("gd", 0.0, **self.options)  # which checks the options

@@ -17,8 +17,8 @@ from scipy import stats
 EPISODE = ["task", "k", "seed"]
 """The columns that tell draws of demonstrations apart; orders of the same demonstrations are averaged."""
 
-OPTIONS = ["lr", "loss_on", "readout", "schedule", "epochs", "parameters"]
-"""The columns that say how updates were made; values made in different ways are never averaged."""
+OPTIONS = ["separator", "space_before_labels", "lr", "loss_on", "readout", "schedule", "epochs", "parameters"]
+"""The columns that say how prompts were written and updates made; values made in different ways are never averaged."""
 
 OVER_TASKS = "all tasks"
 """What the column `task` says of draws of all tasks taken together."""

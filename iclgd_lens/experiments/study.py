@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationInfo, field_validator
 
 from iclgd_lens.checks import require_some_of
+from iclgd_lens.data.escapes import unescaped
+from iclgd_lens.data.formats import require_text
 from iclgd_lens.data.registry import require_tasks
 from iclgd_lens.draws import MOST_SEED
 from iclgd_lens.experiments.checked_yaml import read_checked
@@ -168,11 +170,14 @@ Several = BeforeValidator(_listed)
 
 
 class Study(_Strict):
-    """A grid: every model × task × seed × order × k × method × learning rate × control, and the same on untrained twins.
+    r"""A grid: every model × task × seed × order × k × method × learning rate × control, and the same on untrained twins.
 
     Attributes:
         models: The models: names, or mappings as in `ModelChoice`.
         tasks: Names of tasks, as in `load_task`.
+        separator: What stands between demonstrations, as in `load_task`; by default each task's own. `\n` is a line break, also
+            where YAML leaves it as a backslash and a letter.
+        space_before_labels: Whether a space stands before label words, as in `load_task`; by default as each task has it.
         seeds: The seeds of the demonstrations, and of the twins.
         orders: How many orders of the same demonstrations, where they have so many.
         k: Numbers of demonstrations, or `"fit"`, as in `Task.episode`.
@@ -194,6 +199,8 @@ class Study(_Strict):
 
     models: Annotated[tuple[ModelChoice, ...], Several, Field(min_length=1)]
     tasks: Annotated[tuple[str, ...], Several, Field(min_length=1)]
+    separator: str | None = None
+    space_before_labels: StrictBool | None = None
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, le=MOST_SEED)], ...], Several, Field(min_length=1)]
     orders: Annotated[int, Field(ge=1)] = 1
     k: Annotated[tuple[Literal["fit"] | Annotated[int, Field(ge=1)], ...], Several, Field(min_length=1)] = ("fit",)
@@ -223,6 +230,14 @@ class Study(_Strict):
     def _known_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         require_tasks(list(tasks))
         return tasks
+
+    @field_validator("separator")
+    @classmethod
+    def _line_breaks(cls, separator: str | None) -> str | None:
+        if separator is None:
+            return None
+        require_text(separator, "the separator")
+        return unescaped("the separator", separator)
 
     @field_validator("lr")
     @classmethod

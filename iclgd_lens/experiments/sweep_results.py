@@ -28,6 +28,8 @@ from iclgd_lens.experiments.sweep_folder import SweepFolder
 SOURCE = {
     "model_name": pa.string(),
     "dtype": pa.string(),
+    "separator": pa.string(),
+    "space_before_labels": pa.string(),
     "task": pa.string(),
     "k": pa.int64(),
     "seed": pa.int64(),
@@ -41,6 +43,10 @@ SOURCE = {
     "model": pa.string(),
 }
 """The columns that say where a row comes from, and their types."""
+
+OWN = "the task's own"
+"""What `separator` and `space_before_labels` say where a study leaves them as the task has them. The files of cells say nothing
+then, since cells that were made before there were such options have neither column."""
 
 _ARROW = {"float64": pa.float64(), "int64": pa.int64(), "Int64": pa.int64(), "bool": pa.bool_()}
 
@@ -80,7 +86,8 @@ class SweepResults:
             where: A condition on its columns.
 
         Returns:
-            Its rows, with the columns `model_name` and `dtype` in front, sorted by where they come from.
+            Its rows, with the columns `model_name`, `dtype`, `separator` and `space_before_labels` in front, sorted by where they
+            come from. The last two say `OWN`, or what a study wrote otherwise: a text in double quotes, and yes or no.
 
         Raises:
             ValueError: If there is no such frame.
@@ -89,7 +96,7 @@ class SweepResults:
             raise ValueError(f"part must be one of {', '.join(_PARTS)}; got {part!r}")
         wanted = pc.field(PART) == part
         table = self.dataset.to_table([*SOURCE, *COLUMNS[part]], filter=wanted if where is None else wanted & where)
-        frame = table.to_pandas().astype(TYPES[part])
+        frame = table.to_pandas().astype(TYPES[part]).fillna({"separator": OWN, "space_before_labels": OWN})
         # In the order of the grid and not of the file names, which are digests.
         return frame.sort_values(list(SOURCE), kind="stable", ignore_index=True)
 

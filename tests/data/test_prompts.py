@@ -1,13 +1,15 @@
 """Prompts as tokens: what is checked, how parts are joined, and that tokenising them apart changes no token."""
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from iclgd_lens.data.prompts import Demonstration, PromptFormat, Query, bos_token, context_tokens
+from iclgd_lens.data.formats import PromptFormat, bos_token
+from iclgd_lens.data.prompts import Demonstration, Query, as_label_tokens, context_tokens
 from iclgd_lens.models.bundled.learner import build_tokenizer
-from tests.tokenizers_zoo import llama_style
+from tests.tokenizers_zoo import gpt2_style, llama_style, wordless_style
 
 TEXT = "a dull and moving film"
 CORPUS = ["Sentence: a gripping and moving film Label: Positive", "Sentence: a dull, endless film Label: Negative"]
@@ -70,7 +72,7 @@ def demonstration(tokens: list[int], separator: list[int]) -> Demonstration:
     return Demonstration(torch.tensor(tokens), 1, torch.tensor(separator, dtype=torch.long))
 
 
-@pytest.mark.parametrize("n_label_tokens", [0, -1, 3, 4])
+@pytest.mark.parametrize("n_label_tokens", [3, 4])
 def test_a_demonstration_needs_bos_and_at_least_one_label_token(n_label_tokens):
     with pytest.raises(ValueError, match=f"n_label_tokens={n_label_tokens} does not fit a demonstration of 3 tokens"):
         Demonstration(torch.tensor([1, 2, 3]), n_label_tokens)
@@ -226,7 +228,7 @@ def test_a_tokenizer_with_neither_bos_nor_end_of_text_is_refused():
 
 
 def test_a_query_whose_label_word_has_no_tokens_is_refused():
-    with pytest.raises(ValueError, match="label word 1 of a query has no tokens"):
+    with pytest.raises(ValueError, match="label word 1 has no tokens"):
         Query(torch.tensor([1, 2]), (torch.tensor([3]), torch.tensor([], dtype=torch.long)))
 
 
@@ -287,3 +289,146 @@ def test_tokens_are_numbers_that_embeddings_are_looked_up_by(dtype):
     ):
         with pytest.raises(ValueError, match=rf"{what} must be whole numbers of dtype torch\.int64, got {dtype}"):
             make()
+
+
+# Digests, label words and label indices
+
+
+def token_tensors() -> tuple[torch.Tensor, ...]:
+    return torch.tensor([5, 6]), torch.tensor([7, 8])
+
+
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.tensor([[5, 6], [7, 8]]),
+        list(token_tensors()),
+        token_tensors(),
+        {0: token_tensors()[0], 1: token_tensors()[1]}.values(),
+        (tokens for tokens in token_tensors()),
+    ],
+    ids=["one tensor", "list", "tuple", "view", "generator"],
+)
+def test_label_words_are_taken_in_any_ordered_form(given):
+    query = Query(torch.tensor([1, 2]), given, 1)
+    assert isinstance(query.label_tokens, tuple)
+    assert [tokens.tolist() for tokens in query.label_tokens] == [[5, 6], [7, 8]]
+
+
+def test_a_tuple_of_label_words_is_kept_as_it_is_so_that_queries_share_it():
+    words = token_tensors()
+    assert as_label_tokens(words) is words
+
+
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.tensor([5, 6]), r"a row per class, got shape \[2\]; give words of one token each as label_tokens\[:, None\]"),
+        (torch.tensor(5), r"a row per class, got shape \[\]$"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"a row per class, got shape \[1, 2, 3\]"),
+        (torch.tensor([[5.0, 6.0]]), "the tokens of label word 0 must be whole numbers of dtype torch.int64, got torch.float32"),
+        (torch.empty(2, 0, dtype=torch.long), "label word 0 has no tokens"),
+        ([torch.tensor([5]), 6], "the tokens of label word 1 must be a tensor of token numbers, .* got int 6"),
+        ([torch.tensor([5]), [6]], r"the tokens of label word 1 must be a tensor of token numbers, .* got list \[6\]"),
+        ([torch.tensor([[5]])], r"the tokens of label word 0 must be one sequence, \[pos\]; got shape \[1, 1\]"),
+        (["good", "bad"], "the tokens of label word 0 must be a tensor of token numbers, .* got str 'good'"),
+        ("good", "label_tokens must be several items in an order, .* got str 'good'"),
+        ({0: torch.tensor([5])}, "label_tokens must be several items in an order, .* got dict"),
+        (set(token_tensors()), "label_tokens must be given in an order, and a set has another one in every process"),
+        (None, "label_tokens must be several items in an order"),
+    ],
+)
+def test_other_forms_of_label_words_are_refused_by_name(given, message):
+    for take in (as_label_tokens, lambda words: Query(torch.tensor([1, 2]), words)):
+        with pytest.raises(ValueError, match=message):
+            take(given)
+
+
+@pytest.mark.parametrize("label", [-1, 1.0, True, "1", torch.tensor(True), torch.tensor([1])])
+def test_a_label_is_the_index_of_a_class(label):
+    for make in (lambda: Demonstration(torch.tensor([1, 2, 3]), 1, label=label), lambda: Query(torch.tensor([1, 2]), label=label)):
+        with pytest.raises(ValueError, match="label must be a whole number of at least 0, got"):
+            make()
+
+
+@pytest.mark.parametrize("label", [2, 7])
+def test_a_query_s_label_is_the_index_of_one_of_its_label_words(label):
+    with pytest.raises(ValueError, match=f"label must be the index of one of the 2 label words, 0 to 1; got {label}"):
+        Query(torch.tensor([1, 2]), token_tensors(), label)
+    assert Query(torch.tensor([1, 2]), label=label).label == label  # without words, anything may be
+
+
+@pytest.mark.parametrize("label", [1, np.int64(1), torch.tensor(1)])
+def test_numbers_of_numpy_and_torch_are_label_indices(label):
+    query, demonstration = (
+        Query(torch.tensor([1, 2]), token_tensors(), label),
+        Demonstration(torch.tensor([1, 2, 3]), label, label=label),
+    )
+    assert [type(each) for each in (query.label, demonstration.label, demonstration.n_label_tokens)] == [int] * 3
+
+
+@pytest.mark.parametrize("n_label_tokens", [0, -1, 1.0, True, "1", None])
+def test_the_number_of_label_tokens_is_a_whole_number_of_at_least_1(n_label_tokens):
+    with pytest.raises(ValueError, match="n_label_tokens must be a whole number of at least 1, got"):
+        Demonstration(torch.tensor([1, 2, 3]), n_label_tokens)
+
+
+@pytest.mark.unchecked_shapes
+def test_a_separator_and_tokens_are_one_sequence_in_a_tensor():
+    tokens = torch.tensor([1, 2, 3])
+    with pytest.raises(ValueError, match=r"the tokens of a separator must be one sequence, \[pos\]; got shape \[1, 1\]"):
+        Demonstration(tokens, 1, torch.tensor([[7]]))
+    with pytest.raises(ValueError, match=r"tokens must be a tensor of token numbers, \[pos\]; got list \[1, 2, 3\]"):
+        Demonstration([1, 2, 3], 1)
+    with pytest.raises(ValueError, match=r"a query's tokens must be a tensor of token numbers, \[pos\]; got list"):
+        Query([1, 2, 3])
+
+
+# The space before labels, and BOS
+
+
+@pytest.mark.parametrize("template", ["{text}\nassistant\n", "{text}\n", "Review: {text}\n\nLabel:\n"])
+@pytest.mark.parametrize("word", ["Positive", "Negative"])
+def test_without_the_space_a_label_after_a_line_break_is_the_tokens_of_the_whole_string(template, word):
+    tokenizer = byte_level_tokenizer()
+    written = PromptFormat(template, space_before_labels=False)
+    (label,) = written.label_tokens(tokenizer, [word])
+    whole = tokenizer.encode(f"{template.format(text=TEXT)}{word}", add_special_tokens=False)
+    assert torch.cat([written.prompt(tokenizer, {"text": TEXT}), label]).tolist() == [bos_token(tokenizer), *whole]
+    assert "".join(tokenizer.convert_ids_to_tokens(label.tolist())) == word
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("make", [gpt2_style, llama_style, wordless_style])
+def test_without_the_space_prompt_and_label_spell_the_text_with_none(make, template):
+    tokenizer = make()
+    written = PromptFormat(template, space_before_labels=False)
+    prompt, (label,) = written.prompt(tokenizer, {"text": TEXT}), written.label_tokens(tokenizer, ["Positive"])
+    shown = tokenizer.decode(torch.cat([prompt[1:], label]), clean_up_tokenization_spaces=False)
+    assert shown == f"{template.format(text=TEXT)}Positive"
+
+
+@pytest.mark.parametrize("given", ["no", 0, None])
+def test_the_space_is_there_or_not(given):
+    with pytest.raises(ValueError, match="space_before_labels must be True or False, got"):
+        PromptFormat("{text}", space_before_labels=given)
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, lambda: metaspace_tokenizer("first"), normalising_tokenizer])
+@pytest.mark.parametrize("template", ["{bos}Sentence: {text} Label:", "{text} Label:"])
+def test_a_text_that_begins_with_bos_has_one(make, template):
+    tokenizer = make()
+    name = tokenizer.convert_ids_to_tokens(bos_token(tokenizer))
+    text = TEXT if "{bos}" in template else f"{name}{TEXT}"
+    prompt = PromptFormat(template.replace("{bos}", name)).prompt(tokenizer, {"text": text})
+    whole = tokenizer.encode(template.replace("{bos}", name).format(text=text), add_special_tokens=False)
+    assert prompt.tolist() == whole
+    assert prompt.tolist().count(bos_token(tokenizer)) == 1
+
+
+@pytest.mark.parametrize("text", ["\n", "?"])
+def test_a_separator_that_a_tokenizer_drops_or_does_not_know_is_refused(text):
+    with pytest.raises(ValueError, match=r"(makes no tokens of|does not know) the separator .*; give the task another separator"):
+        PromptFormat("{text}", text).separator_tokens(build_tokenizer())

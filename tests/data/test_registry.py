@@ -327,3 +327,42 @@ def test_a_window_too_small_for_one_demonstration_is_refused(k):
 def test_more_demonstrations_than_a_file_has_rows_are_refused(model):
     with pytest.raises(ValueError, match="task 'cb' has 12 rows for demonstrations, fewer than k=13"):
         load_task("cb", data=FIXTURES).episode(model, k=13)
+
+
+# Separator and the space before labels
+
+
+@on_all_tasks
+def test_a_separator_and_the_space_are_options_of_every_task_and_of_its_parts(model, name):
+    plain, other = load_task(name, data=FIXTURES), load_task(name, data=FIXTURES, separator="\n", space_before_labels=False)
+    line_break = model.tokenizer.encode("\n", add_special_tokens=False)
+    for task in (other, other.for_tuning(), other.for_reporting()):
+        episode = task.episode(model, k=2, n_queries=2)
+        assert all(demonstration.separator.tolist() == line_break for demonstration in episode.demonstrations)
+        assert not any(model.tokenizer.decode(tokens).startswith(" ") for tokens in episode.label_tokens)
+    first, again = (task.episode(model, k=2, n_queries=2) for task in (plain, other))
+    assert texts(model, first.queries) == texts(model, again.queries)
+    assert first.digest != again.digest
+
+
+def test_other_prompts_are_other_tasks_and_what_a_task_has_itself_changes_nothing():
+    def digest(**written) -> str:
+        return load_task("sst2", data=FIXTURES, **written).digest
+
+    found = [digest(), digest(separator="\n"), digest(space_before_labels=False), digest(separator="\n", space_before_labels=False)]
+    assert len(set(found)) == 4
+    assert digest(separator="{eos}", space_before_labels=True) == found[0]
+
+
+def test_golden_digests_of_tasks_whose_prompts_are_written_as_ever():
+    assert load_task("bundled/remapped").digest == "962db9c892c7a80c"
+    assert load_task("sst2", data=FIXTURES).digest == "917f3c639b6837ee"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [({"separator": 3}, "the separator must be text, got 3"), ({"space_before_labels": "no"}, "must be True or False, got 'no'")],
+)
+def test_what_is_no_separator_or_no_choice_is_refused(written, message):
+    with pytest.raises(ValueError, match=message):
+        load_task("sst2", data=FIXTURES, **written)

@@ -1,12 +1,15 @@
 """A protocol fills in the paper's settings and refuses what cannot be run, before anything is."""
 
+import json
 from dataclasses import asdict
 
 import pytest
 
+from iclgd_lens.experiments.drawing import load_tasks
 from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
 from iclgd_lens.experiments.paper import PAPER, reported
 from iclgd_lens.experiments.protocol import TWINS, Protocol
+from tests.tokenizers_zoo import FIXTURES
 
 
 def test_defaults_of_the_paper_s_tasks_are_the_paper_s():
@@ -58,6 +61,27 @@ def test_twins_keep_what_the_paper_s_two_baselines_keep():
     assert set(map(frozenset, TWINS.values())) == {frozenset({"embed", "pos_embed", "ln", "unembed"}), frozenset({"ln"})}
 
 
+def test_a_protocol_reads_generators_once():
+    protocol = Protocol(iter(("sst2", "mr")), seeds=iter((1, 2)), methods=iter(("gd",)), controls=iter(()), grid=iter((0.1,)))
+    assert (protocol.tasks, protocol.seeds, protocol.methods, protocol.controls) == (("sst2", "mr"), (1, 2), ("gd",), ())
+
+
+def test_the_separator_and_the_space_are_kept_and_reach_every_task():
+    protocol = Protocol(("sst2", "mr"), controls=("other_task",), other_task="cb", separator="\n", space_before_labels=False)
+    read = Protocol.from_json(json.loads(json.dumps(asdict(protocol))))
+    assert (read.separator, read.space_before_labels) == ("\n", False)
+    formats = {name: task.format for name, task in load_tasks(read, FIXTURES).items()}
+    assert formats.keys() == {"sst2", "mr", "cb"}
+    assert {(each.separator, each.space_before_labels) for each in formats.values()} == {("\n", False)}
+
+
+def test_a_protocol_of_before_there_were_these_options_is_read():
+    written = {
+        name: value for name, value in asdict(Protocol(("sst2",))).items() if name not in ("separator", "space_before_labels")
+    }
+    assert Protocol.from_json(written) == Protocol(("sst2",))
+
+
 def test_unknown_tasks_are_refused_before_a_run_and_not_where_a_protocol_is_read():
     for options, message in (({"tasks": ("sst3",)}, "unknown task 'sst3'"), ({"other_task": "nope"}, "unknown task 'nope'")):
         read = Protocol.from_json(asdict(Protocol(**{"tasks": ("sst2",), **options})))
@@ -93,6 +117,11 @@ def test_unknown_tasks_are_refused_before_a_run_and_not_where_a_protocol_is_read
         ({"twins": ("random",)}, "twins must be some of"),
         ({"options": {**UPDATE_OPTIONS, "readout": "labels"}}, "needs loss_on='label'"),
         ({"options": {**UPDATE_OPTIONS, "epochs": 0}}, "epochs must be at least 1"),
+        ({"separator": 3}, "the separator must be text, got 3"),
+        ({"space_before_labels": "no"}, "space_before_labels must be True or False, got 'no'"),
+        ({"tasks": {"sst2", "mr"}}, "tasks must be given in an order"),
+        ({"tasks": "sst2"}, "tasks must be several items in an order, .* got str 'sst2'"),
+        ({"seeds": 3}, "seeds must be several items in an order"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(options, message):

@@ -8,6 +8,7 @@ import torch
 from iclgd_lens import Study
 from iclgd_lens.experiments.grid import Grid
 from iclgd_lens.experiments.sweep_worker import threads_of
+from tests.tokenizers_zoo import FIXTURES
 
 GOOD = "models: bundled\ntasks: bundled/remapped\nseeds: [0, 1]\nlr: 0.1\n"
 EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*.yaml"))
@@ -47,6 +48,9 @@ def test_what_is_left_out_has_defaults_and_lists_of_one_need_no_brackets(tmp_pat
         ("executor:\n  kind: local\n  wrokers: 2", 7, "executor.wrokers: there is no such key"),
         ("executor: {kind: local, gpus: 99}", 5, "gpus is 99, but this machine has"),
         ("queries: -1", 5, "queries: .*got -1"),
+        ("separator: 3", 5, "separator: .*got 3"),
+        (r"separator: a\d", 5, r"separator: the separator has \\d"),
+        ("space_before_labels: maybe", 5, "space_before_labels: .*got 'maybe'"),
     ],
 )
 def test_every_problem_has_its_line_and_reason(tmp_path, more, line, message):
@@ -133,3 +137,25 @@ def test_every_cell_has_a_digest_of_its_own():
     # One demonstration has one order.
     assert {group.order for group in groups if group.k == 1} == {0}
     assert {group.order for group in groups if group.k == 4} == {0, 1}
+
+
+@pytest.mark.parametrize("written", ['"\\n"', r"'\n'", r"\n"])
+def test_a_line_break_is_read_in_every_way_that_yaml_writes_it(tmp_path, written):
+    assert read(tmp_path, f"{GOOD}separator: {written}").separator == "\n"
+
+
+def test_other_prompts_make_other_cells_and_the_task_s_own_make_the_same():
+    def digests(**written) -> list[str]:
+        study = Study(models="bundled", tasks=["bundled/remapped", "sst2"], seeds=0, k=2, lr=0.1, data=str(FIXTURES), **written)
+        return [cell.digest for group in Grid.of(study).groups for cell in group.cells]
+
+    variants = [{}, {"separator": " ,"}, {"space_before_labels": False}, {"separator": " ,", "space_before_labels": False}]
+    found = [digest for written in variants for digest in digests(**written)]
+    assert len(set(found)) == len(found)
+    assert digests(space_before_labels=True) == digests()
+    assert set(digests(separator="{eos}")) & set(digests())  # sst2's own, and not that of the bundled task
+
+
+def test_golden_digests_of_cells_whose_prompts_are_written_as_ever():
+    study = Study(models="bundled", tasks="bundled/remapped", seeds=0, k=2, lr=0.1)
+    assert Grid.of(study).groups[0].digest == "f73d4ef0846f54cd31b3"
