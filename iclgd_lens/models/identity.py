@@ -43,7 +43,7 @@ def model_path(name: str | Path) -> Path | None:
     if path.is_dir() or path.is_file():
         return path
     if isinstance(name, Path) or _looks_like_a_path(name, path):
-        raise ValueError(f"there is no folder or file {str(path)!r}{_nearest(path)}")
+        raise ValueError(f"there is no folder or file {str(name)!r}{_nearest(path)}")
     return None
 
 
