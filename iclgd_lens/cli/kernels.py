@@ -65,7 +65,8 @@ def kernels(
             from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
             from iclgd_lens.kernels.constructed import positive_control
             from iclgd_lens.models.hooked import NoHookedTransformerError
-            from iclgd_lens.models.loading import load_model, shown_name
+            from iclgd_lens.models.identity import shown_name
+            from iclgd_lens.models.loading import load_model
             from iclgd_lens.views.kernel_tables import kernel_tables, kernel_verdict
             from iclgd_lens.views.sheets import write_sheets
         drawn = load_task(task, data, separator=between, space_before_labels=space_before_labels)

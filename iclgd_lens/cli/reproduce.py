@@ -105,7 +105,8 @@ def reproduce(
             from iclgd_lens.experiments.learning_rate import GRID, UPDATE_OPTIONS
             from iclgd_lens.experiments.paper import PAPER
             from iclgd_lens.experiments.protocol import TWINS, Protocol
-            from iclgd_lens.models.loading import load_model, shown_name
+            from iclgd_lens.models.identity import shown_name
+            from iclgd_lens.models.loading import load_model
         tasks = _tasks(task, model, BUNDLED_TASKS, PAPER_TASKS)
         default_lr = "paper" if set(tasks) <= set(PAPER) else "auto"
         protocol = Protocol(

@@ -17,6 +17,7 @@ from iclgd_lens.experiments.results import EPISODE
 from iclgd_lens.files import write_frame, write_text
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
+from iclgd_lens.models.quantisation import quantisation_of
 
 PACKAGES = ("iclgd-lens", "transformer-lens", "torch", "transformers", "tokenizers", "datasets", "numpy")
 SHAPE = ("n_layers", "n_heads", "d_model", "d_head", "n_ctx", "d_vocab", "normalization_type", "positional_embedding_type")
@@ -87,7 +88,7 @@ def write_frames(folder: Path, frames: Mapping[str, pd.DataFrame]) -> None:
 
 
 def write_setting(folder: Path, model: HookedModel, name: str, run: Mapping[str, Any]) -> None:
-    """Write the model's name, shape and fingerprint, what was run, and versions, as JSON.
+    """Write the model's name, shape, fingerprint and quantisation, what was run, and versions, as JSON.
 
     Args:
         folder: The folder of the run.
@@ -102,6 +103,7 @@ def write_setting(folder: Path, model: HookedModel, name: str, run: Mapping[str,
             "fingerprint": fingerprint(model),
             "dtype": str(model.cfg.dtype).removeprefix("torch."),
             "device": str(model.cfg.device),
+            "quantisation": quantisation_of(model),
             **{key: getattr(model.cfg, key) for key in SHAPE},
         },
         **run,

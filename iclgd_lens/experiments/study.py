@@ -29,7 +29,8 @@ from iclgd_lens.experiments.learning_rate import UPDATE_OPTIONS
 from iclgd_lens.experiments.methods import Control, Method
 from iclgd_lens.experiments.paper import PAPER
 from iclgd_lens.experiments.protocol import TWINS
-from iclgd_lens.models.loading import Backend, parse_device, require_model, shown_name
+from iclgd_lens.models.identity import require_model, shown_name
+from iclgd_lens.models.loading import Backend, parse_device
 from iclgd_lens.updates.dual import LossOn, Readout, Schedule, UpdateSettings
 from iclgd_lens.updates.inject import Parameter
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from iclgd_lens.models import identity, loading
 from iclgd_lens.models.hooked import HookedTransformer, is_bridge
-from iclgd_lens.models.loading import load_model, require_model
+from iclgd_lens.models.identity import require_model
+from iclgd_lens.models.loading import load_model
 from tests.models_zoo import require_hooked_transformer
 from tests.tokenizers_zoo import gpt2_style
 

@@ -1,0 +1,140 @@
+"""Putting a `TransformerBridge` around a Hugging Face model, and refusing by name what cannot be hooked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from iclgd_lens.models.comparing import comparison_prompts, hugging_face_outputs, require_same_outputs, shared_window
+from iclgd_lens.models.hooked import HookedModel, is_bridge, is_hooked_transformer, make_bridge
+from iclgd_lens.models.quantisation import note_quantisation, quantisation_in
+from iclgd_lens.models.sites import sites_of
+
+
+def require_usable(hf_model: Any) -> None:
+    """Check that an object is a Hugging Face model whose weights are at hand: in one place, whole, and open to gradients.
+
+    Raises:
+        ValueError: If it is something around a model, saying how to reach the model; or if its weights are off-loaded, on several
+            devices, packed, or inference tensors.
+    """
+    kind = type(hf_model).__name__
+    if is_bridge(hf_model) or is_hooked_transformer(hf_model):
+        raise ValueError(f"hf_model is a {kind}, a hooked model already; use it as it is")
+    if not isinstance(hf_model, PreTrainedModel):
+        raise ValueError(f"hf_model must be a Hugging Face model, a transformers.PreTrainedModel; got {kind}{_way_out(hf_model)}")
+    require_in_one_place(hf_model.named_parameters())
+    for name, module in hf_model.named_modules():
+        if callable(getattr(module, "weight", None)):
+            raise ValueError(
+                f"the weights of {name} ({type(module).__name__}) in hf_model are packed by torch's quantisation and cannot be read; "
+                "give the model as it was before"
+            )
+        if type(module).__name__ == "GgufLinear":
+            raise ValueError(
+                f"the weights of {name} in hf_model are kept in the blocks of a GGUF file; give the file's path to load_model, or "
+                "load the model with quantization_config=GgufConfig(dequantize=True)"
+            )
+    for name, tensor in (*hf_model.named_parameters(), *hf_model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"hf_model was made within torch.inference_mode(): {name} is an inference tensor, by which no gradient can be taken; "
+                "make or load the model outside"
+            )
+
+
+def require_in_one_place(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that parameters are all there, on one device.
+
+    Raises:
+        ValueError: If one is on the meta device, where accelerate puts what is off-loaded to the CPU or a disk, or two are on
+            different devices.
+    """
+    devices: dict[torch.device, str] = {}
+    for name, parameter in named:
+        devices.setdefault(parameter.device, name)
+    absent = next((name for device, name in devices.items() if device.type == "meta"), None)
+    if absent is not None:
+        raise ValueError(
+            f"the weights of the model are not all in memory: {absent} is off-loaded (accelerate keeps it on the CPU or on a disk, and "
+            "on the meta device here); load the model without device_map, on one device that holds it"
+        )
+    if len(devices) > 1:
+        places = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ValueError(
+            f"the model is split over several devices ({places}), which is not supported; load it on one that holds it, without "
+            "device_map"
+        )
+
+
+def around(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
+    """Put a bridge around a Hugging Face model, if there is one for it, and it and its readout compute what the model does.
+
+    Args:
+        hf_model: The model. From then on it runs through the bridge, in evaluation mode and with eager attention.
+        tokenizer: Its tokenizer, or None.
+        name: Becomes `cfg.model_name`.
+        what: What a message calls it.
+
+    Raises:
+        ValueError: If there is no bridge for it, its attention cannot be made eager, or the bridge computes something else.
+    """
+    kind = type(hf_model).__name__
+    hf_model.eval()
+    make_eager(hf_model, what)
+    prompts = comparison_prompts(hf_model.config, shared_window(hf_model.config))
+    failed: Exception | None = None
+    try:  # Before it is wrapped. What cannot be run so is refused by name, below.
+        expected = hugging_face_outputs(hf_model, prompts)
+    except Exception as error:
+        failed = error
+    try:
+        bridge: Any = make_bridge(hf_model, tokenizer=tokenizer, name=name)
+    except Exception as error:  # whatever an adapter for another shape of model stumbles over
+        raise ValueError(f"TransformerLens has no bridge for {what} ({kind}): {error}") from error
+    sites_of(bridge)
+    if failed is not None:
+        raise ValueError(f"{what} ({kind}) does not run: {failed}") from failed
+    try:
+        require_same_outputs(bridge, prompts, expected, what)
+    except ValueError:
+        raise
+    except Exception as error:  # of a bridge that does not know this version of the model
+        raise ValueError(f"TransformerLens's bridge for {what} ({kind}) does not run: {error}") from error
+    note_quantisation(bridge, quantisation_in(hf_model.config))
+    return bridge
+
+
+def make_eager(hf_model: Any, what: str) -> None:
+    """Let a Hugging Face model run eager attention, which alone shows its scores.
+
+    Raises:
+        ValueError: If its class chooses attention once, when the model is made.
+    """
+    hf_model.set_attn_implementation("eager")
+    chosen = hf_model.config._attn_implementation
+    if chosen not in (None, "eager"):
+        raise ValueError(
+            f"{what} runs {chosen!r} attention, which shows no scores, and {type(hf_model).__name__} takes its attention when it is "
+            "made: set_attn_implementation cannot change it. Make the model anew with attn_implementation='eager', an argument of "
+            "from_pretrained and of the configuration"
+        )
+
+
+def _way_out(wrapper: Any) -> str:
+    """How to reach the model within something that is around it."""
+    attributes = {"_orig_mod": "torch.compile", "module": "torch's parallel wrappers"}
+    for attribute, whose in attributes.items():
+        if isinstance(inner := getattr(wrapper, attribute, None), nn.Module):
+            deeper = _way_out(inner) if not isinstance(inner, PreTrainedModel) else ""
+            return f", of {whose}: give hf_model.{attribute} instead{deeper}"
+    if hasattr(wrapper, "peft_config"):
+        return (
+            ", of peft: give hf_model.base_model.model instead, which has the adapters in place, or hf_model.merge_and_unload(), "
+            "which has them added to its weights"
+        )
+    return ""
