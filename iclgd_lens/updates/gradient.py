@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from iclgd_lens.data.episodes import require_known_tokens
-from iclgd_lens.data.prompts import Demonstration, demonstrations_digest
+from iclgd_lens.data.prompts import Demonstration, as_label_tokens, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.precision import ordinary_modes
@@ -120,11 +120,12 @@ def _descend(
 ) -> ParameterUpdate:
     """Plain SGD over the demonstrations, gradients from `gradients_of`."""
     demonstrations = tuple(demonstrations)
+    words = None if label_tokens is None else as_label_tokens(label_tokens)
     sites = sites_of(model)
     sites.require_trainable()
     # Gradients are wanted whatever the caller's modes of torch: notebooks often switch autograd off, or autocast on.
     with ordinary_modes():
-        columns = _check(model, demonstrations, settings, label_tokens)
+        columns = _check(model, demonstrations, settings, words)
         lens = LogitLens.of(model, columns)
         warn_if_processed(sites)
         lengths = [len(demonstration.tokens) for demonstration in demonstrations] * settings.epochs
