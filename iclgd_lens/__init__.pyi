@@ -1,3 +1,4 @@
+from .checking.check import Check, check
 from .data.bundled import bundled_task
 from .data.episodes import Episode
 from .data.prompts import ContextLayout, Demonstration, PromptFormat, Query
@@ -76,6 +77,7 @@ __all__ = [
     "Alignment",
     "AttentionExample",
     "Attribution",
+    "Check",
     "ChosenHead",
     "Comparison",
     "ContextLayout",
@@ -106,6 +108,7 @@ __all__ = [
     "capture_batches",
     "centred_alignment",
     "changed_heads",
+    "check",
     "choose_head",
     "claims",
     "compare",

@@ -19,16 +19,10 @@ from html import escape
 from typing import Literal
 
 import pandas as pd
-import torch
 
-from iclgd_lens.checking.forward import (
-    attention_parts,
-    batched_captures,
-    cached_captures,
-    heads_through_output,
-    long_outputs,
-    short_outputs,
-)
+from iclgd_lens.checking.attention import attention_parts, heads_through_output
+from iclgd_lens.checking.captures import batched_captures, cached_captures
+from iclgd_lens.checking.outputs import long_outputs, short_outputs
 from iclgd_lens.checking.rotary import NotApplicableError, rotary_angles
 from iclgd_lens.checking.tolerances import ROTARY, Quantity, tolerance
 from iclgd_lens.checking.traces import Traces
@@ -161,9 +155,7 @@ _REPORT = "Report it with this table; until then use no number that depends on i
 _PROMISES = (
     _Promise("outputs equal the plain model's", short_outputs, "outputs", _ANOTHER_BACKEND),
     _Promise("… on prompts beyond every window", long_outputs, "outputs", _ANOTHER_BACKEND),
-    _Promise(
-        "captures after a cached prefix = whole", cached_captures, "captures", f"Captures of this model are wrong. {_REPORT}"
-    ),
+    _Promise("captures after a cached prefix = whole", cached_captures, "captures", f"Captures of this model are wrong. {_REPORT}"),
     _Promise(
         "captures in padded batches = whole",
         batched_captures,
@@ -184,11 +176,9 @@ _PROMISES = (
     ),
     _Promise("GD's ΔW equals autograd", gd_gradients, "gradients", f"Do not use gd on this model. {_REPORT}"),
     _Promise("LCGD's ΔW equals autograd", lcgd_gradients, "gradients", f"Do not use lcgd on this model. {_REPORT}"),
+    _Promise("an injected update = edited weights", injected_update, "effect", f"Do not run this model under an update. {_REPORT}"),
     _Promise(
-        "an injected update = edited weights", injected_update, "effect", f"Do not run this model under an update. {_REPORT}"
-    ),
-    _Promise(
-        "rotary frequencies are exact [rad]",
+        "rotary angles are exact, in radians",
         rotary_angles,
         None,
         "The frequencies were cast or changed after the model was made, as model.to(dtype) does; load the model with dtype=.",
@@ -255,7 +245,6 @@ def _long(subject: Subject, row: Row) -> Row:
 
 def _known_hooks(subject: Subject) -> str:
     """A hint where hooks of the user's are on the model."""
-    module: torch.nn.Module = subject.model  # type: ignore[assignment]
     points = subject.model.hook_dict.values()
     n_hooks = sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in points)
     return f" There are {n_hooks} hooks on the model; take them off (model.reset_hooks()) and check again." if n_hooks else ""

@@ -2,8 +2,8 @@
 
 Around a Hugging Face model, a `TransformerBridge` stands in for modules with components of its own. The plain model is a *view* of
 the Hugging Face model: new module objects that hold the same parameters and buffers, and the original module wherever the bridge
-put a component. No weight is copied (only rotary frequencies are), and the hooked model stays as it is. For a `HookedTransformer`, whose Hugging Face model is
-gone, the view is of the `HookedTransformer` itself, hooks included.
+put a component. No weight is copied (only rotary frequencies are), and the hooked model stays as it is. For a `HookedTransformer`,
+whose Hugging Face model is gone, the view is of the `HookedTransformer` itself, hooks included.
 
 Since the view has its own tables of parameters, a parameter can be put into the view alone.
 """
@@ -139,7 +139,9 @@ def _view(module: nn.Module, views: dict[int, nn.Module], *, hooks: bool) -> nn.
             held[table] = OrderedDict(held[table] if hooks else ())
     held["_parameters"] = dict(module._parameters)
     # Rotary frequencies that depend on a prompt's length are written in place when they change.
-    held["_buffers"] = {name: each.clone() if name.endswith("inv_freq") else each for name, each in module._buffers.items()}
+    held["_buffers"] = {
+        name: each.clone() if each is not None and name.endswith("inv_freq") else each for name, each in module._buffers.items()
+    }
     held["_modules"] = {
         name: None if child is None else _view(child, views, hooks=hooks) for name, child in module._modules.items()
     }

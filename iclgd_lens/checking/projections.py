@@ -1,9 +1,9 @@
 """The key and value projections of the plain model, as modules whose weights can be trained by autograd and edited.
 
-Most are an `nn.Linear` or a `Conv1D`: a leaf of autograd, or an edited weight, takes the place of the weight in the view of the model
-and nowhere else. Where one module makes queries, keys and values together, its rows are told apart by the bridge's own splitting
-of the weight, applied to a weight that holds the numbers of its rows. Where a projection is another module (an adapter, quantised
-weights), the gradient at its output is contracted with its input, and an edit is added to its output.
+Most are an `nn.Linear` or a `Conv1D`: a leaf of autograd, or an edited weight, takes the place of the weight in the view of the
+model and nowhere else. Where one module makes queries, keys and values together, its rows are told apart by the bridge's own
+splitting of the weight, applied to a weight that holds the numbers of its rows. Where a projection is another module (an
+adapter, quantised weights), the gradient at its output is contracted with its input, and an edit is added to its output.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from iclgd_lens.checking.plain import PlainModel
 from iclgd_lens.models.hooked import is_bridge
@@ -72,16 +73,19 @@ class Projection(ABC):
 class LinearProjection(Projection):
     """An `nn.Linear`, whose weight is `[out in]`, or a `Conv1D`, whose weight is `[in out]`."""
 
+    @override
     def train(self) -> None:
         weight, bias = self.module.weight.detach(), self.module.bias
         self._put(weight.clone(), weight.new_zeros(self._width) if bias is None else bias.detach().clone())
         self.leaves = [self.module.weight.requires_grad_(), self.module.bias.requires_grad_()]
 
+    @override
     def read(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         weight, bias = gradients
         found = {f"W_{kind}": self._of(kind, self._inputs_first(weight)) for kind in self.rows}
         return found | {f"b_{kind}": self._of(kind, bias) for kind in self.rows}
 
+    @override
     def add(self, changes: Changes) -> None:
         weight, bias = self.module.weight.detach(), self.module.bias
         by_input = self._all(changes, "W", torch.zeros_like(self._inputs_first(weight)))
@@ -104,6 +108,7 @@ class LinearProjection(Projection):
 class OtherProjection(Projection):
     """Any module from `[*batch in]` to `[*batch out]`, seen from outside."""
 
+    @override
     def train(self) -> None:
         self._inputs: list[Tensor] = []
 
@@ -114,12 +119,14 @@ class OtherProjection(Projection):
 
         self.module.register_forward_hook(add_leaf)
 
+    @override
     def read(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         (at_output,), (inputs,) = gradients, self._inputs
         rows, flat = inputs.flatten(0, -2), at_output.flatten(0, -2)
         found = {f"W_{kind}": rows.T @ self._of(kind, flat) for kind in self.rows}
         return found | {f"b_{kind}": self._of(kind, flat).sum(dim=0) for kind in self.rows}
 
+    @override
     def add(self, changes: Changes) -> None:
         def edit(module: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor:
             weight = self._all(changes, "W", out.new_zeros(given[0].shape[-1], out.shape[-1]))
@@ -131,15 +138,18 @@ class OtherProjection(Projection):
 class HeadProjection(Projection):
     """The attention of a `HookedTransformer`, whose weights are `[head d_model d_head]`."""
 
+    @override
     def train(self) -> None:
         for name in self._names:
             leaf = nn.Parameter(self.module._parameters[name].detach().clone())
             self.module._parameters[name] = leaf
             self.leaves.append(leaf)
 
+    @override
     def read(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         return {name.lstrip("_"): flat_heads(gradient) for name, gradient in zip(self._names, gradients, strict=True)}
 
+    @override
     def add(self, changes: Changes) -> None:
         for name in self._names:
             weight = self.module._parameters[name].detach()

@@ -18,7 +18,7 @@ from iclgd_lens.models.lengths import lengths_of_change
 _NUMBERS_OF_TOKENS = ("token_id", "token_ids", "token_index")
 """How configurations call the numbers of special tokens."""
 
-LABEL_WORDS = (1, 2, 1)
+LABEL_WORDS = (1, 2)
 """How many tokens each label word has."""
 
 SHORT, EVERYDAY = 12, 192

@@ -1,12 +1,12 @@
 """How far two computations of the same number may be apart, by the dtype of the model's weights.
 
-Two correct computations differ by rounding alone: sums in another order, a prompt in one piece or in two. Rounding grows with depth,
-so the bounds are for deep models; a fault of the kinds that the check looks for is larger by orders of magnitude. Errors are
+Two correct computations differ by rounding alone: sums in another order, a prompt in one piece or in two. Rounding grows with
+depth, so the bounds are for deep models; a fault of the kinds that the check looks for is larger by orders of magnitude. Errors are
 relative to a size that each row states, except where a unit stands beside them.
 
 - *float64* rounds at 1e-16. Rotary positions and some norms are computed in float32 whatever the weights are, hence 1e-5.
-- *float32* rounds at 6e-8. Log-probabilities and captures of 30 layers agree to about 1e-5, gradients to about 1e-4, since a gradient
-  is a sum of terms that cancel. The effect of an update is a difference of two runs, and loses the digits that they share.
+- *float32* rounds at 6e-8. Log-probabilities and captures of 30 layers agree to about 1e-5, gradients to about 1e-4, since a
+  gradient is a sum of terms that cancel. The effect of an update is a difference of two runs, and loses the digits that they share.
 - *half precision* rounds at 4e-3 (bfloat16) or 5e-4 (float16), and a batch of another shape is summed in another order.
 """
 

@@ -1,4 +1,4 @@
-"""What a model is like from outside, before and after: hooks, weights, buffers, gradients, modes, outputs, and torch's random state."""
+"""What a model is like from outside, before and after: hooks, weights, buffers, gradients, modes, outputs, and random state."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Traces:
             subject: The model.
             before: What the model was like before. Tables that have grown since are looked at as far as they went.
         """
-        random = torch.get_rng_state()
+        random, known = torch.get_rng_state(), {} if before is None else before.buffers
         model: Any = subject.model
         tokens = subject.prompts.draw(4, seed=7)
         ((outputs,),) = subject.read(tokens, subject.sites.residual_out[-1:])
@@ -51,7 +51,7 @@ class Traces:
             hooks=[(name, _hooks(module)) for name, module in model.named_modules()],
             modes=[(name, module.training) for name, module in model.named_modules()],
             parameters={name: _parameter(each) for name, each in model.named_parameters()},
-            buffers={name: _buffer(each, None if before is None else before.buffers.get(name)) for name, each in model.named_buffers()},
+            buffers={name: _buffer(each, known.get(name)) for name, each in model.named_buffers()},
             outputs=outputs,
         )
 

@@ -19,7 +19,7 @@ from iclgd_lens.models.precision import wide
 from iclgd_lens.updates.dual import LossOn, ParameterUpdate
 from iclgd_lens.updates.gradient import gd, lcgd
 
-LENGTH, N_LABEL = 9, 2
+LENGTH, N_LABEL = 7, 2
 """How many tokens the demonstration has, and how many of them are its label."""
 
 STEP = 0.3
@@ -96,8 +96,8 @@ def _output_loss(plain: PlainModel, tokens: Int[Tensor, "pos"], n_predicted: int
 
 
 def _layer_causal_loss(plain: PlainModel, tokens: Int[Tensor, "pos"], n_predicted: int) -> Float[Tensor, ""]:
-    """The sum of all layers' losses. The prompt runs in as many copies as there are layers, and copy ℓ goes from block ℓ straight to
-    the final norm, so that the plain model itself makes all logits: norm, unembedding, caps and scales.
+    """The sum of all layers' losses. The prompt runs in as many copies as there are layers, and copy ℓ goes from block ℓ straight
+    to the final norm, so that the plain model itself makes all logits: norm, unembedding, caps and scales.
     """
     blocks = plain.blocks
     streams: list[Tensor] = []
@@ -152,7 +152,7 @@ def injected_update(subject: Subject) -> float:
     ours = ours - _read_out_whole(subject, tokens)
     edited = PlainModel.of(subject.model)
     for layer in range(subject.sites.n_layers):
-        changes = {name: flat_heads(update.delta(name, layer)) for name in update.settings.parameters}
+        changes: dict[str, Tensor] = {name: flat_heads(update.delta(name, layer)) for name in update.settings.parameters}
         for projection in projections_of(edited, layer):
             projection.add(changes)
     subject.count(tokens)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,8 @@ from iclgd_lens.models.precision import wide
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook, sites_of
 
+Result = TypeVar("Result")
+
 
 @dataclass(eq=False)
 class Subject:
@@ -35,6 +37,7 @@ class Subject:
         prompts: Draws prompts for it.
         tokens: How many tokens ran so far, of all prompts together.
         longest: How many tokens the longest prompt had.
+        known: What two rows need, and is computed once.
     """
 
     model: HookedModel
@@ -43,6 +46,7 @@ class Subject:
     prompts: Prompts
     tokens: int = field(default=0)
     longest: int = field(default=0)
+    known: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: HookedModel, longest: int) -> Subject:
@@ -61,6 +65,13 @@ class Subject:
         step_by_step = (JointQKVAttentionBridge, PositionEmbeddingsAttentionBridge)
         return self.sites.scores if not is_bridge(self.model) or isinstance(blocks[0].attn, step_by_step) else ()
 
+    def once(self, key: Any, compute: Callable[[], Result]) -> Result:
+        """What a computation gave when it was first asked for."""
+        if key not in self.known:
+            self.known[key] = compute()
+        found: Result = self.known[key]
+        return found
+
     def count(self, *prompts: Int[Tensor, "*batch pos"]) -> None:
         """Count the tokens of prompts that run."""
         for tokens in prompts:
@@ -76,8 +87,7 @@ class Subject:
             self.model(batch, attention_mask=torch.ones_like(batch), return_type=None, **options)
 
     def read(self, tokens: Int[Tensor, "pos"], *places: Sequence[str]) -> list[list[Tensor]]:
-        """Run one whole prompt, and return what every layer's hook saw at some places: a list of layers for each place.
-        """
+        """Run one whole prompt, and return what every layer's hook saw at some places: a list of layers for each place."""
         seen: list[list[Tensor]] = [[] for _ in places]
         hooks = [(name, _keep(into)) for into, place in zip(seen, places, strict=True) for name in place]
         self.run(tokens, hooks)
