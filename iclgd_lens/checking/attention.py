@@ -95,22 +95,22 @@ def _has_sinks(subject: Subject) -> bool:
 
 
 def heads_through_output(subject: Subject) -> float:
-    """`Σ_h head_out[h] · W_O[h] + b_O` against what each attention module puts out, at the last token of a prompt."""
-    model, tokens = subject.model, subject.prompts.draw(min(subject.prompts.long, 24), seed=3)
+    """`Σ_h head_out[h] · W_O[h] + b_O` against what each attention module puts out, at every token of a prompt."""
+    model: Any = subject.model
+    tokens = subject.prompts.draw(min(subject.prompts.long, 24), seed=3)
     subject.count(tokens)
-    found = capture(model, [Query(tokens)], keep=["head_out"])
-    blocks = model.blocks  # type: ignore[attr-defined]
+    weights = capture(model, [Query(tokens)], keep=["residual"]).W_O
     seen: list[Tensor] = []
-    handles = [block.attn.register_forward_hook(lambda module, given, out: seen.append(first(out))) for block in blocks]
+    handles = [block.attn.register_forward_hook(lambda module, given, out: seen.append(first(out))) for block in model.blocks]
     try:
-        subject.run(tokens, [])
+        (heads,) = subject.read(tokens, subject.sites.head_out)
     finally:
         for handle in handles:
             handle.remove()
     errors = []
-    for layer, block in enumerate(blocks):
-        made = einsum(wide(found.head_out[0, layer]), wide(found.W_O[layer]), "head d_head, head d_head d_model -> d_model")
-        errors.append(largest_error(made + _output_bias(block.attn), seen[layer][0, -1]))
+    for layer, block in enumerate(model.blocks):
+        made = einsum(wide(heads[layer]), wide(weights[layer]), "pos head d_head, head d_head d_model -> pos d_model")
+        errors.append(largest_error(made + _output_bias(block.attn), seen[layer][0]))
     return worst(errors)
 
 

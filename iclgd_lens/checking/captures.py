@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -47,7 +48,7 @@ def settings(subject: Subject) -> list[tuple[list[Query], list[Demonstration] | 
 
 
 def _capture_error(subject: Subject, queries: list[Query], context: list[Demonstration] | None, *, batch_size: int) -> float:
-    keep = ["attn_out", "query_scores", "label_log_probs", *([] if context is None else ["context_scores"])]
+    keep = ["attn_out", "head_out", "query_scores", "label_log_probs", *([] if context is None else ["context_scores"])]
     before = 1 if context is None else len(context_tokens(context))
     subject.count(*(query.tokens for query in queries))
     subject.longest = max(subject.longest, before + max(len(query.tokens) for query in queries))
@@ -62,8 +63,9 @@ def _row_error(
     """How far one query's capture is from its whole prompt on the hooked model, under the hooks that are on it."""
     prompt = prompt_of(query, context)
     key = (*prompt.tolist(), *(tuple(word.tolist()) for word in query.label_tokens))
-    added, attention, label_log_probs = subject.once(key, lambda: _whole_run(subject, prompt, query))
+    added, heads, attention, label_log_probs = subject.once(key, lambda: _whole_run(subject, prompt, query))
     errors = [largest_error(found.attn_out[row, layer], out) for layer, out in enumerate(added)]
+    errors += [largest_error(found.head_out[row, layer], out) for layer, out in enumerate(heads)]
     n_own = len(query.tokens) - 1
     for layer, used in enumerate(attention):
         ours = [] if context is None else [found.context_scores[row, layer]]
@@ -71,17 +73,16 @@ def _row_error(
     return worst([*errors, largest_error(found.label_log_probs[row], label_log_probs)])
 
 
-def _whole_run(
-    subject: Subject, prompt: Int[Tensor, "pos"], query: Query
-) -> tuple[list[Float[Tensor, "d_model"]], list[Float[Tensor, "head key_pos"]], Float[Tensor, "label"]]:
-    """At the last token of a whole prompt: attention outputs; scores, or where the model shows none the plain model's attention
-    weights; and the log-likelihoods of label words.
+def _whole_run(subject: Subject, prompt: Int[Tensor, "pos"], query: Query) -> tuple[Any, ...]:
+    """At the last token of a whole prompt, by layer: attention outputs, heads' outputs, and scores, or where the model shows none
+    the plain model's attention weights; and the log-likelihoods of label words.
     """
     sites = subject.sites
-    added, scores, (residual,) = subject.read(prompt, sites.attention_out, subject.score_places, sites.residual_out[-1:])
+    places = (sites.attention_out, sites.head_out, subject.score_places, sites.residual_out[-1:])
+    added, heads, scores, (residual,) = subject.read(prompt, *places)
     attention = scores or plain_patterns(subject, prompt)
     labels = [_word_log_prob(subject, prompt, word, residual[-1]) for word in query.label_tokens]
-    return [out[-1] for out in added], [each[:, -1] for each in attention], torch.stack(labels)
+    return [out[-1] for out in added], [out[-1] for out in heads], [each[:, -1] for each in attention], torch.stack(labels)
 
 
 def _scores_error(subject: Subject, ours: Float[Tensor, "head key_pos"], used: Float[Tensor, "head key_pos"]) -> float:

@@ -23,6 +23,7 @@ import pandas as pd
 from iclgd_lens.checking.attention import attention_parts, heads_through_output
 from iclgd_lens.checking.captures import batched_captures, cached_captures
 from iclgd_lens.checking.outputs import long_outputs, short_outputs
+from iclgd_lens.checking.prompts import SHORT
 from iclgd_lens.checking.rotary import NotApplicableError, rotary_angles
 from iclgd_lens.checking.tolerances import ROTARY, Quantity, tolerance
 from iclgd_lens.checking.traces import Traces
@@ -149,12 +150,13 @@ class _Promise:
         return Row(self.what, error, allowed, "holds", "")
 
 
+_LONG = "… on prompts beyond every window"
 _ANOTHER_BACKEND = "Load the model as the other class (backend='bridge' or 'hooked'), and use no number of this one."
 _REPORT = "Report it with this table; until then use no number that depends on it."
 
 _PROMISES = (
     _Promise("outputs equal the plain model's", short_outputs, "outputs", _ANOTHER_BACKEND),
-    _Promise("… on prompts beyond every window", long_outputs, "outputs", _ANOTHER_BACKEND),
+    _Promise(_LONG, long_outputs, "outputs", _ANOTHER_BACKEND),
     _Promise("captures after a cached prefix = whole", cached_captures, "captures", f"Captures of this model are wrong. {_REPORT}"),
     _Promise(
         "captures in padded batches = whole",
@@ -197,7 +199,7 @@ def check(model: HookedModel, *, longest: int = LONGEST) -> Check:
        the Hugging Face model without TransformerLens, or for a `HookedTransformer` its own forward pass on whole prompts;
     2. the same at the end of a prompt beyond every window and every length at which the configuration changes something, or of
        192 tokens where nothing changes;
-    3. `attn_out`, scores and `label_log_probs` of captures that reuse a cached prefix, with whole prompts one by one;
+    3. `attn_out`, `head_out`, scores and `label_log_probs` of captures that reuse a cached prefix, with whole prompts one by one;
     4. the same of captures in padded batches of unequal length;
     5. the softmax of scores with the pattern, the pattern times the values with heads' outputs, all of them with what attention
        really used, masked positions included;
@@ -236,18 +238,18 @@ def check(model: HookedModel, *, longest: int = LONGEST) -> Check:
 def _long(subject: Subject, row: Row) -> Row:
     """What was not tried does not hold."""
     beyond = subject.prompts.beyond
-    if row.what != _PROMISES[1].what or row.verdict != "holds" or not beyond:
+    if row.what != _LONG or row.verdict != "holds" or not beyond:
         return row
-    needed = max(beyond) + 12
+    needed = max(beyond) + SHORT
     advice = f"Something changes at {max(beyond):,} tokens; check(model, longest={needed}) runs a prompt beyond."
     return Row(row.what, row.error, row.tolerance, "not applicable", advice)
 
 
 def _known_hooks(subject: Subject) -> str:
     """A hint where hooks of the user's are on the model."""
-    points = subject.model.hook_dict.values()
+    points = {id(point): point for point in subject.model.hook_dict.values()}.values()  # some have two names
     n_hooks = sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in points)
-    return f" There are {n_hooks} hooks on the model; take them off (model.reset_hooks()) and check again." if n_hooks else ""
+    return f" The model has hooks on it, {n_hooks} in all: take them off (model.reset_hooks()) and check again." if n_hooks else ""
 
 
 def _left_behind(subject: Subject, before: Traces) -> Row:
