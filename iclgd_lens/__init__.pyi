@@ -1,3 +1,4 @@
+from .checking.check import Check, check
 from .data.bundled import bundled_task
 from .data.episodes import Episode
 from .data.formats import PromptFormat
@@ -78,6 +79,7 @@ __all__ = [
     "Alignment",
     "AttentionExample",
     "Attribution",
+    "Check",
     "ChosenHead",
     "Comparison",
     "ContextLayout",
@@ -108,6 +110,7 @@ __all__ = [
     "capture_batches",
     "centred_alignment",
     "changed_heads",
+    "check",
     "choose_head",
     "claims",
     "compare",

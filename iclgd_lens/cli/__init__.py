@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from iclgd_lens.cli.bench import bench
+from iclgd_lens.cli.check import check
 from iclgd_lens.cli.demo import demo
 from iclgd_lens.cli.kernels import kernels
 from iclgd_lens.cli.report import report
@@ -20,5 +21,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="In-context learning against gradient descent, layer by layer, on TransformerLens models.",
 )
-for command in (demo, reproduce, kernels, sweep, report, train_bundled, bench):
+for command in (demo, reproduce, kernels, sweep, report, check, train_bundled, bench):
     app.command()(command)

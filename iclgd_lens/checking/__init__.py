@@ -1,0 +1,1 @@
+"""Proving on one model what the package promises of all."""
