@@ -15,6 +15,7 @@ import torch
 
 from iclgd_lens import capture, gd, lcgd, load_model, tangent_kernel
 from iclgd_lens.models.sites import sites_of
+from iclgd_lens.models.touched import same_at_every_position
 from iclgd_lens.models.sites.ownership import _owners
 from tests.models_zoo import make_demonstrations, make_model, make_queries
 
@@ -45,6 +46,7 @@ def stopped_within(model: Any, job: Callable[[Any], Any]) -> Iterator[Future[Any
     """Another thread is in the middle of a job, where it first runs the model; it goes on when the block ends."""
     within, go_on = threading.Event(), threading.Event()
 
+    @same_at_every_position
     def stop(value: Any, hook: Any) -> None:
         within.set()
         assert go_on.wait(SECONDS)
@@ -114,6 +116,7 @@ def test_threads_with_a_model_each_run_at_once():
     models = [make_model(seed=seed) for seed in range(2)]
     together = threading.Barrier(2)
 
+    @same_at_every_position
     def meet(value: Any, hook: Any) -> None:
         together.wait(SECONDS)
 
