@@ -1,5 +1,6 @@
 """The command as a person runs it."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -83,6 +84,28 @@ def test_bad_input_is_one_line_that_says_what_to_do_and_leaves_nothing_behind(tm
     assert message in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_the_separator_and_the_space_are_those_that_are_typed_and_the_setting_says_them(bundled, ran, tmp_path):
+    assert small_demo(tmp_path, "--separator", " table", "--no-space-before-labels").exit_code == 0
+    setting, plain = (json.loads((folder / "setting.json").read_text()) for folder in (tmp_path, ran[1]))
+    assert (setting["separator"], setting["space_before_labels"]) == (" table", False)
+    assert (plain["separator"], plain["space_before_labels"]) == (load_task("bundled/remapped").format.separator, True)
+    example = AttentionExample.load(tmp_path / "attention.json")
+    typed = load_task("bundled/remapped", separator=" table").episode(bundled, k=3, n_queries=4)
+    assert bundled.to_string(typed.demonstrations[0].separator) == "table"
+    assert ["".join(tokens) for tokens in example.demonstrations] == [bundled.to_string(d.tokens[1:]) for d in typed.demonstrations]
+
+
+@pytest.mark.parametrize("command", ["demo", "kernels", "reproduce"])
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [(r"a\d", r"--separator has \d in 'a\\d'"), (r"\n", "makes no tokens of the separator '\\n'")],
+)
+def test_a_separator_is_read_with_its_escapes_by_every_command(tmp_path, command, typed, message):
+    result = run(command, "--separator", typed, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_demo_trains_on_labels_when_asked(bundled, tmp_path):

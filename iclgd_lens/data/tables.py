@@ -46,7 +46,12 @@ def rows_of(given: Rows, source: str, columns: Sequence[str], label_column: str,
         raise TypeError(f"rows must be one mapping for each row, got {type(given).__name__}; {advice}")
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise TypeError(f"rows must be one mapping for each row, got {given!r}; a file is read by Task.from_csv or Task.from_jsonl")
-    return (row.to_dict() if isinstance(row, pd.Series) else row for row in given)
+    return map(_as_mapping, given)
+
+
+def _as_mapping(row: Any) -> Any:
+    """A row of a data frame as a mapping; other rows as they are."""
+    return row.to_dict() if isinstance(row, pd.Series) else row
 
 
 def _of_dataset(dataset: datasets.Dataset, source: str, columns: Sequence[str]) -> Iterable[Row]:

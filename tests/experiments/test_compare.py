@@ -249,6 +249,15 @@ def test_alpha_is_lcgd_against_the_true_gd_whatever_the_order_of_methods(bundled
     assert alphas[0] == pytest.approx(alphas[1], abs=1e-6)
 
 
+def test_methods_and_controls_from_generators_are_all_compared(bundled: HookedTransformer, episode: Episode):
+    names = ["gd", "lcgd"], ["random", "permuted"]
+    listed, read = (compare(bundled, episode, *each).frame for each in ([names[0]], [iter(names[0])]))
+    assert_frame_equal(read, listed)
+    listed, read = (compare(bundled, episode, ["gd"], controls=each).frame for each in (names[1], iter(names[1])))
+    assert_frame_equal(read, listed)
+    assert n_runs(iter(names[0]), iter(names[1])) == n_runs(*names)
+
+
 def test_orders_of_an_episode_are_told_apart(bundled: HookedTransformer, episode: Episode):
     frames = [compare(bundled, episode.reordered(order), controls=()).frame for order in (0, 1)]
     assert [frame["order"].unique().tolist() for frame in frames] == [[0], [1]]
@@ -265,6 +274,10 @@ def test_orders_of_an_episode_are_told_apart(bundled: HookedTransformer, episode
         ({"readout": "labels"}, "loss_on='label'"),
         ({"controls": ["noise"]}, "controls must be some of random, random_weights, .*; got 'noise'"),
         ({"controls": ["other_task"]}, "needs other="),
+        ({"if_diverged": "typo"}, "if_diverged must be one of 'raise', 'record'; got 'typo'"),
+        ({"methods": "gd"}, "methods must be several items in an order, such as a list; got str 'gd'"),
+        ({"methods": {"gd", "lcgd"}}, "methods must be given in an order, and a set"),
+        ({"controls": {"random", "permuted"}}, "controls must be given in an order, and a set"),
     ],
 )
 def test_bad_options_are_refused_by_name(bundled: HookedTransformer, episode: Episode, options: dict, message: str):
