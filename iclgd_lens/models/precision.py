@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,3 +18,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Cast to at least float32; a tensor that is wide already is returned as it is."""
     return x.to(wide_dtype(x.dtype))
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the dtypes that tensors have, also where the caller has `torch.autocast` on, which would round every product."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
