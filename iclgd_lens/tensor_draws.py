@@ -1,4 +1,4 @@
-"""Random tensors that are the same on every device and under every default of torch's: drawn in float32 on the CPU, cast afterwards."""
+"""Random tensors that are the same on every device and under every default of torch's: float32 on the CPU, cast afterwards."""
 
 from __future__ import annotations
 

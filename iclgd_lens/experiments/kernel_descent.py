@@ -187,7 +187,7 @@ def epoch_rows(
 
 
 def _trajectory(name: str, method: str, control: str, found: Sequence[Alignment], n_queries: int) -> MetricRows:
-    score = torch.tensor([alignment.score for alignment in found]).mean(dim=0, keepdim=True)
+    score = torch.tensor([alignment.score for alignment in found], dtype=torch.float32).mean(dim=0, keepdim=True)
     match = torch.stack([alignment.match for alignment in found]).double().mean(dim=0, keepdim=True)
     for metric, values in ((f"{name}_score", score), (f"{name}_match", match)):
         yield from ((method, control, over_queries(row, n_queries)) for row in metric_rows(metric, values))

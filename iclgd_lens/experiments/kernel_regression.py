@@ -112,8 +112,8 @@ def head_rows(
             best = [choose_head(estimate, target, seed) for estimate in estimates]
             by_layer = [[choose_head(layer[None], target, seed) for layer in estimate] for estimate in estimates]
             for metric in ("agreement", "correlation"):
-                whole = torch.tensor([getattr(chosen, metric) for chosen in best]).nanmean(dim=0, keepdim=True)
-                each = torch.tensor([[getattr(chosen, metric) for chosen in layers] for layers in by_layer])
+                whole = torch.tensor([getattr(chosen, metric) for chosen in best], dtype=torch.float32).nanmean(dim=0, keepdim=True)
+                each = torch.tensor([[getattr(chosen, metric) for chosen in layers] for layers in by_layer], dtype=torch.float32)
                 for label, values in (
                     (f"{name}_head_{metric}", whole),
                     (f"{name}_layer_{metric}", each.nanmean(dim=0, keepdim=True)),

@@ -29,7 +29,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from iclgd_lens.checks import require_count, require_positive
+from iclgd_lens.checks import require_count, require_not_negative, require_positive, require_seed
 from iclgd_lens.data.prompts import Demonstration, Query, demonstrations_digest
 from iclgd_lens.kernels.smoother import nadaraya_watson
 from iclgd_lens.metrics.similarity import sim_aou
@@ -37,6 +37,7 @@ from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedTransformer, make_hooked_transformer
 from iclgd_lens.models.sites import sites_of
 from iclgd_lens.runs.capture import capture
+from iclgd_lens.tensor_draws import normal, seeded
 from iclgd_lens.updates.dual import ParameterUpdate, UpdateSettings
 
 REGRESSION = "linear regression by linear attention"
@@ -59,11 +60,11 @@ def regression_model(width: int = 24, examples: int = 40, queries: int = 16, see
         seed: Seeds the data.
 
     Raises:
-        ValueError: If a size is below 1.
+        ValueError: If a size is below 1, or the seed is no whole number.
     """
     for name, size in (("width", width), ("examples", examples), ("queries", queries)):
         require_count(name, size)
-    pairs = torch.randn(examples + queries, 2 * width, generator=torch.Generator().manual_seed(seed))
+    pairs = normal(seeded(seed), examples + queries, 2 * width)
     pairs[examples:, width:] = 0
     return _pair_model(pairs, width, examples, REGRESSION)
 
@@ -115,12 +116,13 @@ def regression_step(
     width, examples, _ = _regression_sizes(model)
     pairs = model.W_E[1 : 1 + examples].detach()
     x, y = pairs[:, :width], pairs[:, width:] if targets is None else targets
+    require_not_negative("lr", lr)
     if y.shape != (examples, width) or not bool(y.isfinite().all()):
         raise ValueError(f"targets must be finite and have the shape {[examples, width]}; got {list(y.shape)}")
     y = y.to(pairs)
     return ParameterUpdate(
         inputs=F.pad(x, (0, width))[None],
-        key_errors=torch.zeros(1, examples, 1, 2 * width).to(pairs),
+        key_errors=pairs.new_zeros(1, examples, 1, 2 * width),
         value_errors=lr * F.pad(y, (width, 0))[None, :, None],
         demonstration=torch.arange(examples, device=pairs.device),
         position=torch.ones(examples, dtype=torch.long, device=pairs.device),
@@ -152,11 +154,14 @@ def positive_control(seed: int = 0) -> PositiveControl:
 
     Args:
         seed: Seeds the regression and the unrelated targets.
+
+    Raises:
+        ValueError: If the seed is no whole number.
     """
     model = regression_model(seed=seed)
     demonstrations, queries = regression_episode(model)
     width, examples, n_queries = _regression_sizes(model)
-    other = torch.randn(examples, width, generator=torch.Generator().manual_seed(seed + 1))
+    other = normal(seeded(require_seed(seed) + 1), examples, width)
     with linear_attention(model):
         zsl = capture(model, queries, keep=["attn_out"])
         icl = capture(model, queries, context=demonstrations, keep=["attn_out"])
@@ -219,13 +224,13 @@ def gaussian_smoother(
         seed: Seeds the data.
 
     Raises:
-        ValueError: If a size is below 1, or the bandwidth is not finite and above 0, or so small that attention to all
-            demonstrations is lost in float32 for some query.
+        ValueError: If a size is below 1, the seed is no whole number, or the bandwidth is not finite and above 0, or so small that
+            attention to all demonstrations is lost in float32 for some query.
     """
     for name, size in (("width", width), ("examples", examples), ("queries", queries), ("n_labels", n_labels)):
         require_count(name, size)
     require_positive("bandwidth", bandwidth)
-    x = F.normalize(torch.randn(examples + queries, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    x = F.normalize(normal(seeded(seed), examples + queries, width), dim=-1)
     # Attention to its own token has the largest score of a query, 1 / σ².
     below = (1 - (x[examples:] @ x[:examples].T).amax(dim=-1)) / bandwidth**2
     if bool((below > VANISHED).any()):
@@ -233,7 +238,7 @@ def gaussian_smoother(
             f"bandwidth={bandwidth:g} is too small: the demonstration nearest to query {int(below.argmax())} gets less than "
             f"exp(-{VANISHED:g}) of the attention that the query's own token gets; use a larger one or more demonstrations"
         )
-    labels = torch.arange(examples) % n_labels
+    labels = torch.arange(examples, device="cpu") % n_labels
     y = F.pad(F.one_hot(labels, n_labels), (0, 0, 0, queries))
     return GaussianSmoother(
         model=_pair_model(torch.cat([x, y], dim=-1), width, examples, "Gaussian kernel smoother", 1 / bandwidth**2),
@@ -269,8 +274,8 @@ def _pair_model(
         "device": "cpu",
     }
     model = make_hooked_transformer(settings, what="a model of known behaviour")
-    of_x = torch.diag((torch.arange(d_model) < n_x).float())
-    identity = torch.eye(d_model)
+    of_x = torch.diag((torch.arange(d_model, device="cpu") < n_x).float())
+    identity = torch.eye(d_model, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -292,10 +297,12 @@ def _regression_sizes(model: HookedTransformer) -> tuple[int, int, int]:
 
 def _demonstrations(examples: int, labels: list[int] | None = None) -> tuple[Demonstration, ...]:
     return tuple(
-        Demonstration(torch.tensor([0, 1 + number]), n_label_tokens=1, label=None if labels is None else labels[number])
+        Demonstration(
+            torch.tensor([0, 1 + number], device="cpu"), n_label_tokens=1, label=None if labels is None else labels[number]
+        )
         for number in range(examples)
     )
 
 
 def _queries(examples: int, queries: int) -> tuple[Query, ...]:
-    return tuple(Query(torch.tensor([0, 1 + examples + number])) for number in range(queries))
+    return tuple(Query(torch.tensor([0, 1 + examples + number], device="cpu")) for number in range(queries))

@@ -28,12 +28,13 @@ from torch import Tensor
 from iclgd_lens.checks import require_count, require_finite, require_one_of, require_positive
 from iclgd_lens.kernels.smoother import require_kernel
 from iclgd_lens.metrics.agreement import distribution_divergence
-from iclgd_lens.models.precision import wide_dtype
+from iclgd_lens.models.precision import wide_dtype, without_autocast
 from iclgd_lens.updates.gradient import DivergedError
 
 FunctionalLoss = Literal["squared", "cross_entropy"]
 
 
+@without_autocast()
 def functional_gd(
     between_points: Float[Tensor, "point point"] | Float[Tensor, "point point label label"],
     to_points: Float[Tensor, "query point"] | Float[Tensor, "query point label label"],

@@ -28,15 +28,15 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from iclgd_lens.checks import require_one_of
+from iclgd_lens.checks import require_finite, require_one_of, require_seed
 from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, demonstrations_digest
 from iclgd_lens.draws import reordered
 from iclgd_lens.metrics.ranking import kendall_tau, spearman_rho, top_k_recall, weight_cosine
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.precision import wide
+from iclgd_lens.models.precision import wide, without_autocast
 from iclgd_lens.models.sites import sites_of
-from iclgd_lens.runs.activations import Activations, require_context, require_not_updated
+from iclgd_lens.runs.activations import Activations, require_context, require_zero_shot
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.attribution import Attribution
 
@@ -89,6 +89,7 @@ def icl_attention(icl: Activations, demonstrations: Sequence[Demonstration]) -> 
     Raises:
         ValueError: If the run has other demonstrations, or these in another order.
     """
+    demonstrations = tuple(demonstrations)
     require_context(icl, demonstrations)
     layout = ContextLayout.of(demonstrations)
     return wide(icl.context_scores).softmax(dim=-1)[..., (layout.position > 0).to(icl.labels.device)]
@@ -108,6 +109,7 @@ def implied_attention(
         ValueError: If `reading` is unknown, or the update was made on other demonstrations.
     """
     require_one_of("reading", reading, get_args(Reading))
+    demonstrations = tuple(demonstrations)
     weights = attribution.norms if reading == "contribution" else attribution.coefficients
     places = _places(attribution, demonstrations)
     behind_bos = places >= 0
@@ -125,6 +127,7 @@ def demonstration_queries(model: HookedModel, demonstrations: Sequence[Demonstra
     Raises:
         ValueError: If there are no demonstrations, or as `capture`.
     """
+    demonstrations = tuple(demonstrations)
     if not demonstrations:
         raise ValueError("no demonstrations: the proxy needs at least one")
     run = capture(model, [Query(each.tokens) for each in demonstrations], keep=["own_inputs"])
@@ -140,6 +143,7 @@ def demonstration_queries(model: HookedModel, demonstrations: Sequence[Demonstra
 
 
 @torch.no_grad()
+@without_autocast()
 def proxy_attention(
     model: HookedModel, zsl: Activations, trained: Float[Tensor, "layer token head d_head"]
 ) -> Float[Tensor, "query layer head token"]:
@@ -151,12 +155,18 @@ def proxy_attention(
         trained: `demonstration_queries(model, demonstrations)`.
 
     Raises:
-        ValueError: If the run is of another model, or was made under an update.
+        ValueError: If the run is of another model, has a context or was made under an update, or `trained` does not fit the model
+            or is not finite.
     """
-    require_not_updated(zsl=zsl)
+    require_zero_shot(zsl=zsl)
     if zsl.model != (found := fingerprint(model)):
         raise ValueError(f"the run is of another model: its fingerprint is {zsl.model}, and this one's is {found}")
-    sites = sites_of(model)
+    sites, cfg = sites_of(model), model.cfg
+    if trained.ndim != 4 or (trained.shape[0], *trained.shape[2:]) != (expected := (sites.n_layers, cfg.n_heads, cfg.d_head)):
+        raise ValueError(
+            f"trained must be [layer token head d_head], with {expected} of this model; got the shape {list(trained.shape)}"
+        )
+    require_finite("trained", trained)
     layers = []
     for layer in range(sites.n_layers):
         asking = wide(sites.project_queries(layer, zsl.own_inputs[:, layer, -1]))
@@ -188,8 +198,9 @@ def other_demonstrations(
         seed: Seeds whose weights each gets; the same for all rows.
 
     Raises:
-        ValueError: If there are not as many weights as tokens, or there is only one demonstration.
+        ValueError: If there are not as many weights as tokens, there is only one demonstration, or the seed is no whole number.
     """
+    seed = require_seed(seed)
     lengths = _lengths(weights, demonstrations)
     if len(lengths) < 2:
         raise ValueError("one demonstration cannot have another's weights; give two or more")

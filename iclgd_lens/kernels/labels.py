@@ -20,10 +20,11 @@ from jaxtyping import Float, Int
 from sklearn.kernel_ridge import KernelRidge
 from torch import Tensor
 
-from iclgd_lens.checks import require_finite, require_one_of, require_positive
+from iclgd_lens.checks import require_count, require_finite, require_one_of, require_positive
 from iclgd_lens.kernels.smoother import nadaraya_watson, require_kernel
 from iclgd_lens.metrics.similarity import cosine
-from iclgd_lens.models.precision import wide
+from iclgd_lens.models.precision import wide, without_autocast
+from iclgd_lens.tensor_draws import seeded
 
 HiddenKernel = Literal["linear", "cosine", "rbf"]
 
@@ -32,11 +33,20 @@ def one_hot_labels(labels: Int[Tensor, "demonstration"], n_labels: int) -> Float
     """Write labels as rows of 0 and 1.
 
     Raises:
-        ValueError: If a label is not one of 0 to `n_labels - 1`.
+        ValueError: If a label is not one of 0 to `n_labels - 1`, or there are no classes.
     """
+    require_count("n_labels", n_labels)
+    _require_indices("labels", labels)
     if bool(((labels < 0) | (labels >= n_labels)).any()):
         raise ValueError(f"labels must be class indices from 0 to {n_labels - 1}; got {labels.tolist()}")
     return torch.nn.functional.one_hot(labels.long(), n_labels).float()
+
+
+def _require_indices(name: str, labels: Tensor) -> None:
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must be class indices, one row of whole numbers; got {labels.dtype} of the shape {list(labels.shape)}"
+        )
 
 
 def label_regression(
@@ -53,7 +63,7 @@ def label_regression(
         For a kernel that is not negative, probabilities; NaN for a query whose weights sum to nothing above zero.
 
     Raises:
-        ValueError: If a label is out of range, or the kernel is not finite or does not fit.
+        ValueError: If a label is out of range, there are no demonstrations or classes, or the kernel is not finite or does not fit.
     """
     return nadaraya_watson(wide(kernel), one_hot_labels(labels, n_labels))
 
@@ -64,15 +74,17 @@ def label_kernel(
     """The kernel that knows the answer: 1 where labels are equal.
 
     Raises:
-        ValueError: If a label is unknown, that is negative.
+        ValueError: If a label is unknown, that is negative, or no whole number.
     """
     for name, labels in (("queries", queries), ("demonstrations", demonstrations)):
+        _require_indices(f"labels of {name}", labels)
         if bool((labels < 0).any()):
             unknown = int((labels < 0).nonzero()[0, 0])
             raise ValueError(f"labels of {name} must be known; number {unknown} is {int(labels[unknown])}")
     return (queries[:, None] == demonstrations[None]).float()
 
 
+@without_autocast()
 def hidden_kernel(
     queries: Float[Tensor, "*#batch query d_model"],
     points: Float[Tensor, "*#batch point d_model"],
@@ -94,7 +106,7 @@ def hidden_kernel(
         ValueError: If `kind` is unknown, the bandwidth is not above 0 or belongs to another kernel, or an entry is not finite.
     """
     require_one_of("kind", kind, get_args(HiddenKernel))
-    if bandwidth is not None and not isinstance(bandwidth, Real):
+    if bandwidth is not None and (not isinstance(bandwidth, Real) or isinstance(bandwidth, bool)):
         raise ValueError(f"bandwidth must be a number, got {bandwidth!r}")
     if bandwidth is not None and kind != "rbf":
         raise ValueError(f"only the 'rbf' kernel has a bandwidth; got bandwidth={bandwidth!r} with {kind!r}")
@@ -115,15 +127,17 @@ def hidden_kernel(
     return torch.exp(-(_distances(queries, points) / width[..., None, None]).square() / 2)
 
 
+@without_autocast()
 def median_bandwidth(points: Float[Tensor, "*batch point d_model"]) -> Float[Tensor, "*batch"]:
     """The median of the distances between different points (the median heuristic, Garreau et al. 2017).
 
     Raises:
-        ValueError: If there are fewer than two points.
+        ValueError: If there are fewer than two points, or an entry is not finite.
     """
     n = points.shape[-2]
     if n < 2:
         raise ValueError(f"the median distance between points needs two of them, got {n}; give a bandwidth")
+    require_finite("points", points)
     above = torch.ones(n, n, dtype=torch.bool, device=points.device).triu(1)
     ordered = _distances(wide(points), wide(points))[..., above].sort(dim=-1).values
     count = ordered.shape[-1]
@@ -152,9 +166,10 @@ def kernel_ridge(
         ridge: The ridge, above 0.
 
     Raises:
-        ValueError: If a kernel is not finite or does not fit, or the ridge is not a finite number above 0.
+        ValueError: If a kernel or a value is not finite, they do not fit, or the ridge is not a finite number above 0.
     """
     require_positive("ridge", ridge)
+    require_finite("values", values)
     for name, kernel in (("between_points", between_points), ("to_points", to_points)):
         require_kernel(kernel, len(values), name)
     if len(between_points) != len(values):
@@ -175,10 +190,7 @@ def label_agreement(
     Raises:
         ValueError: If the two are not of the same queries and labels.
     """
-    if estimates.shape[-2:] != target.shape:
-        raise ValueError(
-            f"estimates {list(estimates.shape)} and target {list(target.shape)} are not of the same queries and labels"
-        )
+    _require_same_labels(estimates, target)
     highest = (estimates == estimates.amax(dim=-1, keepdim=True)).to(wide(estimates))
     share = highest / highest.sum(dim=-1, keepdim=True)
     wanted = target.argmax(dim=-1, keepdim=True).expand(*share.shape[:-1], 1)
@@ -222,7 +234,7 @@ def choose_head(
         seed: Seeds the split.
 
     Raises:
-        ValueError: If there are fewer than four queries, or estimates and target do not fit.
+        ValueError: If there are fewer than four queries, estimates and target do not fit, or the seed is no whole number.
     """
     n = len(target)
     if n < 4:
@@ -230,7 +242,7 @@ def choose_head(
     if estimates.ndim != 4:
         raise ValueError(f"estimates must have the shape [layer, head, query, label]; got {list(estimates.shape)}")
     agreed = label_agreement(estimates, target)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(target.device)
+    order = torch.randperm(n, generator=seeded(seed), dtype=torch.long, device="cpu").to(target.device)
     choosing, scoring = order[: n // 2], order[n // 2 :]
     score = label_correlation(estimates[:, :, choosing], target[choosing]).nan_to_num(nan=-2.0)
     layer, head = divmod(int(score.flatten().argmax()), estimates.shape[1])
@@ -251,7 +263,18 @@ def label_correlation(
     """Pearson's correlation of estimates with a run's label probabilities, over queries and labels (Han et al. 2025).
 
     NaN where one is constant or an entry is not finite.
+
+    Raises:
+        ValueError: If the two are not of the same queries and labels.
     """
+    _require_same_labels(estimates, target)
     a, b = wide(estimates).flatten(-2), wide(target).flatten()
     a, b = (x - x.mean(dim=-1, keepdim=True) for x in (a, b))
     return cosine(a.masked_fill(a.abs() < 1e-6, 0.0), b.masked_fill(b.abs() < 1e-6, 0.0))
+
+
+def _require_same_labels(estimates: Tensor, target: Tensor) -> None:
+    if target.ndim != 2 or estimates.shape[-2:] != target.shape:
+        raise ValueError(
+            f"estimates {list(estimates.shape)} and target {list(target.shape)} are not of the same queries and labels"
+        )

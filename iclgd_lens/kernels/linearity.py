@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iclgd_lens.checks import require_count
+from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, Query
-from iclgd_lens.kernels.tangent import first_label_tokens
+from iclgd_lens.kernels.tangent import first_label_tokens, require_window
 from iclgd_lens.metrics.similarity import cosine
 from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.precision import ordinary_modes, wide, wide_dtype
@@ -50,10 +52,13 @@ def linearity(predicted: Float[Tensor, "layer query label"], actual: Float[Tenso
             what the updates of the layers below add.
 
     Raises:
-        ValueError: If they differ in shape.
+        ValueError: If they differ in shape, or have another number of axes.
     """
-    if predicted.shape != actual.shape:
-        raise ValueError(f"predicted has the shape {list(predicted.shape)}, actual {list(actual.shape)}")
+    if predicted.shape != actual.shape or predicted.ndim != 3:
+        raise ValueError(
+            "predicted and actual must both be [layer query label], of the same layers, queries and labels; predicted has the "
+            f"shape {list(predicted.shape)}, actual {list(actual.shape)}"
+        )
     a, b = predicted.flatten(1), actual.flatten(1)
     length = b.norm(dim=-1)
     return Linearity(cosine(a, b), (b - a).norm(dim=-1) / length.masked_fill(length == 0, torch.nan))
@@ -70,9 +75,9 @@ def label_step(
 ) -> ParameterUpdate:
     """Make the layer-causal update that the tangent kernel is about: the loss on each label's first token, among the label words'.
 
-    Arguments and errors are those of `lcgd`; the queries tell the label words.
+    Arguments and errors are those of `lcgd`, and of `first_label_tokens`; the queries tell the label words.
     """
-    firsts = first_label_tokens(queries)
+    firsts = first_label_tokens(tuple(queries))
     shortened = [
         replace(each, tokens=each.tokens[: len(each.tokens) - each.n_label_tokens + 1], n_label_tokens=1) for each in demonstrations
     ]
@@ -89,6 +94,7 @@ def label_step(
     )
 
 
+@without_autocast()
 def own_layer_change(
     model: HookedModel, update: ParameterUpdate, queries: Sequence[Query], *, batch_size: int = 8
 ) -> Float[Tensor, "layer query label"]:
@@ -98,9 +104,14 @@ def own_layer_change(
     the first. Held at a time is the residual stream of one batch at all layers.
 
     Raises:
-        ValueError: If the update belongs to another model, or as `first_label_tokens`.
+        ValueError: If the update belongs to another model, `batch_size` is below 1, a query is longer than the context window or
+            has a token that is not in the model's vocabulary, or as `first_label_tokens`.
     """
+    require_count("batch_size", batch_size)
+    queries = tuple(queries)
     sites, firsts = sites_of(model), first_label_tokens(queries).to(model.cfg.device)
+    require_known_tokens(queries, model.cfg.d_vocab)
+    require_window("query", [query.tokens for query in queries], model.cfg.n_ctx)
     lens = LogitLens.of(model, firsts)
     change = torch.zeros(sites.n_layers, len(queries), len(firsts), dtype=wide_dtype(model.cfg.dtype), device=model.cfg.device)
     with ordinary_modes():

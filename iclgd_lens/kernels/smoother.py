@@ -31,10 +31,11 @@ from torch import Tensor
 
 from iclgd_lens.checks import require_finite
 from iclgd_lens.metrics.similarity import SCORE_ROUNDING, cosine, difference
-from iclgd_lens.models.precision import wide
-from iclgd_lens.runs.activations import Activations, require_not_updated, require_same_runs
+from iclgd_lens.models.precision import wide, without_autocast
+from iclgd_lens.runs.activations import Activations, require_not_updated, require_same_runs, require_zero_shot
 
 
+@without_autocast()
 def nadaraya_watson(
     kernel: Num[Tensor, "*batch query point"], values: Num[Tensor, "point value"]
 ) -> Float[Tensor, "*batch query value"]:
@@ -50,9 +51,10 @@ def nadaraya_watson(
         order of the points round.
 
     Raises:
-        ValueError: If the kernel is not finite, or not of as many points as there are values.
+        ValueError: If the kernel or the values are not finite, or they are not of the same points.
     """
     require_kernel(kernel, len(values))
+    require_finite("values", values)
     kernel = kernel if kernel.is_floating_point() else kernel.to(values.dtype if values.is_floating_point() else torch.float32)
     total = kernel.sum(dim=-1, keepdim=True)
     weights = kernel / total.masked_fill(total <= 0, torch.nan)
@@ -63,10 +65,13 @@ def require_kernel(kernel: Num[Tensor, "*batch query point"], n_points: int, nam
     """Check that a kernel matrix can be used with so many points.
 
     Raises:
-        ValueError: If it has fewer than two axes, its last axis is not of that length, or an entry is not finite.
+        ValueError: If it has fewer than two axes, its last axis is not of that length, there are no points, or an entry is not
+            finite.
     """
-    if kernel.ndim < 2 or kernel.shape[-1] != n_points:
-        raise ValueError(f"{name} must have the shape [..., query, point] with {n_points} points; got {list(kernel.shape)}")
+    if kernel.ndim < 2 or kernel.shape[-1] != n_points or not n_points:
+        raise ValueError(
+            f"{name} must have the shape [..., query, point] with {n_points or 'one or more'} points; got {list(kernel.shape)}"
+        )
     require_finite(name, kernel)
 
 
@@ -109,6 +114,7 @@ class Decomposition:
     head_drift: Term
 
 
+@without_autocast()
 def decompose(icl: Activations, zsl: Activations) -> Decomposition:
     """Split the in-context change of attention into smoothing and drift (module docstring).
 
@@ -120,11 +126,12 @@ def decompose(icl: Activations, zsl: Activations) -> Decomposition:
         zsl: The same zero-shot, captured with `keep=["head_out"]`.
 
     Raises:
-        ValueError: If the runs are not of the same queries and model, or one was made under an update.
+        ValueError: If the runs are not of the same queries and model, one was made under an update, or `zsl` has a context.
         AttributeError: If they lack what is needed.
     """
     require_same_runs(icl, zsl)
-    require_not_updated(icl=icl, zsl=zsl)
+    require_not_updated(icl=icl)
+    require_zero_shot(zsl=zsl)
     mass = icl.demonstration_attention.sum(dim=-1)
     base, smoothed = wide(zsl.head_out), wide(icl.demonstration_out) - mass[..., None] * wide(zsl.head_out)
     changed = difference(icl.head_out, base, SCORE_ROUNDING, stored=icl.W_O[0].dtype)

@@ -33,12 +33,14 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iclgd_lens.checks import require_count, require_not_negative
 from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, Query
 from iclgd_lens.models.hooked import HookedModel
 from iclgd_lens.models.precision import ordinary_modes, wide, wide_dtype
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook, sites_of
+from iclgd_lens.runs.activations import label_words_digest
 from iclgd_lens.runs.passes import passes
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.backward import Recorder, pull_back
@@ -73,14 +75,26 @@ class TangentKernel:
         return self.demonstration_logits.softmax(dim=-1) - self.targets
 
     def prediction(self, lr: float) -> Float[Tensor, "layer query label"]:
-        """The change of the queries' logits that one layer-causal step makes to first order: `−lr Σ_d Θ(q, d) (p_d − y_d)`."""
+        """The change of the queries' logits that one layer-causal step makes to first order: `−lr Σ_d Θ(q, d) (p_d − y_d)`.
+
+        Raises:
+            ValueError: If `lr` is not finite or negative.
+        """
+        require_not_negative("lr", lr)
         return -lr * einsum(
             self.to_queries, self.residuals, "layer query demonstration a b, layer demonstration b -> layer query a"
         )
 
     def shuffled(self, order: Sequence[int]) -> TangentKernel:
-        """The same kernel with its demonstrations dealt out anew to queries, and the residuals where they were: a baseline."""
-        return replace(self, to_queries=self.to_queries[:, :, list(order)])
+        """The same kernel with its demonstrations dealt out anew to queries, and the residuals where they were: a baseline.
+
+        Raises:
+            ValueError: If `order` does not name every demonstration once.
+        """
+        order, count = list(order), self.to_queries.shape[2]
+        if sorted(order) != list(range(count)):
+            raise ValueError(f"order must name each of the {count} demonstrations once, counted from 0; got {order}")
+        return replace(self, to_queries=self.to_queries[:, :, order])
 
     @property
     def per_label(self) -> Float[Tensor, "layer query demonstration"]:
@@ -111,14 +125,21 @@ def tangent_kernel(
         batch_size: How many prompts run at once.
 
     Raises:
-        ValueError: If there are no demonstrations, one has no label index, two label words share their first token, or a parameter
-            is unknown.
+        ValueError: If there are no demonstrations, one has no label index, queries have different label words, two label words
+            share their first token, a parameter is unknown, `batch_size` is below 1, a token is not in the model's vocabulary, or
+            a prompt is longer than the context window.
     """
+    require_count("batch_size", batch_size)
+    demonstrations, queries = tuple(demonstrations), tuple(queries)
     sites, firsts = sites_of(model), first_label_tokens(queries)
     sites.require_trainable()
     targets = torch.nn.functional.one_hot(_label_indices(demonstrations, len(firsts)), len(firsts))
     require_known_tokens([*demonstrations, *queries], model.cfg.d_vocab)
     trained = require_parameters(parameters)
+    # A demonstration without its label is a prompt whose last token predicts it.
+    unlabelled = [demonstration.tokens[: -demonstration.n_label_tokens] for demonstration in demonstrations]
+    require_window("demonstration", unlabelled, model.cfg.n_ctx)
+    require_window("query", [query.tokens for query in queries], model.cfg.n_ctx)
     reader = _Reader(sites, LogitLens.of(model, firsts.to(model.cfg.device)), trained, batch_size)
 
     n, shape = len(demonstrations), (len(firsts), len(firsts))
@@ -138,7 +159,7 @@ def tangent_kernel(
         for others, other in held[layer]:
             to_queries[layer, rows[:, None], others] = theta(found, other, trained)
 
-    reader.visit([demonstration.tokens[: -demonstration.n_label_tokens] for demonstration in demonstrations], hold)
+    reader.visit(unlabelled, hold)
     for layer, batches in enumerate(held):
         for rows, found in batches:
             for others, other in batches:
@@ -231,10 +252,16 @@ def first_label_tokens(queries: Sequence[Query]) -> Int[Tensor, "label"]:
     """The first token of every label word of the queries.
 
     Raises:
-        ValueError: If there are no queries or label words, or two words share their first token.
+        ValueError: If there are no queries or label words, queries have different label words, or two words share their first
+            token.
     """
-    if not queries or not queries[0].label_tokens:
+    if not queries or not len(queries[0].label_tokens):
         raise ValueError("the tangent kernel is one of label logits, so it needs queries with label words")
+    # Queries of an episode share their label words' tensors, which are looked at once.
+    digests = {id(query.label_tokens): label_words_digest(query.label_tokens) for query in queries}
+    for number, query in enumerate(queries):
+        if digests[id(query.label_tokens)] != digests[id(queries[0].label_tokens)]:
+            raise ValueError(f"query {number} has other label words than query 0; make a kernel for each")
     firsts = torch.stack([tokens[0] for tokens in queries[0].label_tokens])
     if len(firsts.unique()) < len(firsts):
         raise ValueError(
@@ -242,6 +269,17 @@ def first_label_tokens(queries: Sequence[Query]) -> Int[Tensor, "label"]:
             "kernel needs label words that differ in it"
         )
     return firsts
+
+
+def require_window(what: str, prompts: Sequence[Int[Tensor, "_pos"]], n_ctx: int) -> None:
+    """Check that prompts, each run on its own, fit the context window.
+
+    Raises:
+        ValueError: If one does not, naming it.
+    """
+    for number, prompt in enumerate(prompts):
+        if len(prompt) > n_ctx:
+            raise ValueError(f"{what} {number} makes a prompt of {len(prompt)} tokens, longer than the context window of {n_ctx}")
 
 
 def _label_indices(demonstrations: Sequence[Demonstration], n_labels: int) -> Int[Tensor, "demonstration"]:

@@ -25,7 +25,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from iclgd_lens.models.precision import wide
+from iclgd_lens.models.precision import wide, without_autocast
 from iclgd_lens.runs.activations import Activations, require_same_runs, require_zero_shot
 
 OUTPUT_ROUNDING, SCORE_ROUNDING = 8, 64
@@ -132,6 +132,7 @@ def difference(
     return change.masked_fill(change.norm(dim=-1, keepdim=True) <= unit * longest, 0.0)
 
 
+@without_autocast()
 def cosine(a: Float[Tensor, "*#batch component"], b: Float[Tensor, "*#batch component"]) -> Float[Tensor, "*batch"]:
     """Cosine along the last axis, NaN where a vector is zero or not finite."""
     return einsum(_unit(a), _unit(b), "... component, ... component -> ...").clamp(-1.0, 1.0)

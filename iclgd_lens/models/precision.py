@@ -21,6 +21,16 @@ def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 @contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the dtypes that tensors have, also where the caller has `torch.autocast` on, which would round every product."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
 def ordinary_modes() -> Iterator[None]:
     """Compute as torch does when nothing is set: in the dtypes of the tensors, on tensors' own devices and not under inference mode,
     without gradients until they are switched on. What the caller has set holds again afterwards.
@@ -28,9 +38,7 @@ def ordinary_modes() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        for device in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(without_autocast())
         if (default := torch.get_default_dtype()) != torch.float32:
             stack.callback(torch.set_default_dtype, default)
             torch.set_default_dtype(torch.float32)

@@ -50,8 +50,8 @@ class Activations:
         label_words: `label_words_digest` of the queries' label words; empty where they have none.
         context: The digest of the demonstrations in front; empty for zero-shot.
         updated: Whether an update was attached.
-        output_weights: Every layer's output projection `[head d_head d_model]`, the model's own, in runs that keep one of `OF_HEADS`;
-            read the projections through `W_O`.
+        output_weights: Every layer's output projection `[head d_head d_model]`, the model's own, in runs that keep one of
+            `OF_HEADS`; read the projections through `W_O`.
     """
 
     kept: dict[str, Tensor]
@@ -68,7 +68,9 @@ class Activations:
     def W_O(self) -> tuple[Float[Tensor, "head d_head d_model"], ...]:  # noqa: N802
         """Every layer's output projection; `head_out` times it is what the head adds. Runs that keep one of `OF_HEADS` only."""
         if self.output_weights is None:
-            raise AttributeError(f"W_O was not kept; capture(..., keep=[..., {OF_HEADS[0]!r}]) keeps it, as do {_listed(OF_HEADS[1:])}")
+            raise AttributeError(
+                f"W_O was not kept; capture(..., keep=[..., {OF_HEADS[0]!r}]) keeps it, as do {_listed(OF_HEADS[1:])}"
+            )
         return self.output_weights
 
     @property
@@ -229,7 +231,9 @@ def require_zero_shot(**runs: Activations) -> None:
     """
     for name, run in runs.items():
         if run.context:
-            raise ValueError(f"{name} is a run with demonstrations in its context, and must be zero-shot: capture it without context=")
+            raise ValueError(
+                f"{name} is a run with demonstrations in its context, and must be zero-shot: capture it without context="
+            )
     require_not_updated(**runs)
 
 

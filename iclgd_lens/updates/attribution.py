@@ -26,8 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from iclgd_lens.checks import require_finite
-from iclgd_lens.models.precision import wide
-from iclgd_lens.runs.activations import Activations, require_not_updated
+from iclgd_lens.models.precision import wide, without_autocast
+from iclgd_lens.runs.activations import Activations, require_zero_shot
 
 if TYPE_CHECKING:
     from iclgd_lens.updates.dual import ParameterUpdate
@@ -66,6 +66,7 @@ class Attribution:
     examples: str
 
 
+@without_autocast()
 def attribute(update: ParameterUpdate, zsl: Activations, along: Float[Tensor, "query layer d_model"] | None = None) -> Attribution:
     """Attribute an update's first-order effect to the tokens that it was trained on; see `ParameterUpdate.attribution`."""
     if along is not None:
@@ -120,7 +121,7 @@ def contributions(
             made on demonstrations (`random_weights`).
         AttributeError: If the activations lack what is needed.
     """
-    require_not_updated(zsl=zsl)
+    require_zero_shot(zsl=zsl)
     if zsl.model != update.fingerprint:
         raise ValueError(
             f"the activations are of another model than the update: theirs has the fingerprint {zsl.model}, the update's "

@@ -8,11 +8,10 @@ it can be injected without touching a weight, materialised as ΔW, or attributed
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from numbers import Real
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,16 +22,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from iclgd_lens.checks import require_count, require_one_of
+from iclgd_lens.checks import is_whole, require_count, require_not_negative, require_one_of
 from iclgd_lens.files import written_whole
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.precision import wide
+from iclgd_lens.models.precision import wide, without_autocast
 from iclgd_lens.models.sites import NamedHook, sites_of
 from iclgd_lens.runs.activations import Activations
 from iclgd_lens.updates.attribution import Attribution, attribute
 from iclgd_lens.updates.inject import Parameter, injection_hooks
+from iclgd_lens.updates.sound import AXES, require_sound
 
+Method = Literal["gd", "lcgd"]
 LossOn = Literal["demonstration", "label"]
 Readout = Literal["vocab", "labels"]
 Schedule = Literal["online", "batch"]
@@ -49,7 +50,7 @@ def require_parameters(parameters: Sequence[Parameter] | Parameter) -> tuple[Par
         ValueError: If there are none, or one is unknown.
     """
     names: tuple[Parameter, ...] = (parameters,) if isinstance(parameters, str) else tuple(parameters)
-    if not names or any(name not in ALL_PARAMETERS for name in names):
+    if not names or not all(isinstance(name, str) and name in ALL_PARAMETERS for name in names):
         raise ValueError(f"parameters must be some of {', '.join(ALL_PARAMETERS)}; got {list(names)}")
     return names
 
@@ -71,7 +72,7 @@ class UpdateSettings:
         ValueError: If an option is unknown, out of range or does not fit another.
     """
 
-    method: Literal["gd", "lcgd"]
+    method: Method
     lr: float
     loss_on: LossOn
     readout: Readout
@@ -80,12 +81,11 @@ class UpdateSettings:
     parameters: Sequence[Parameter]
 
     def __post_init__(self) -> None:
-        for name, allowed in (("loss_on", LossOn), ("readout", Readout), ("schedule", Schedule)):
+        for name, allowed in (("method", Method), ("loss_on", LossOn), ("readout", Readout), ("schedule", Schedule)):
             require_one_of(name, getattr(self, name), get_args(allowed))
         if self.readout == "labels" and self.loss_on != "label":
             raise ValueError("readout='labels' reads label tokens alone, so it needs loss_on='label'")
-        if not isinstance(self.lr, Real) or not math.isfinite(self.lr) or self.lr < 0:
-            raise ValueError(f"lr must be a number, finite and not negative; got {self.lr!r}")
+        require_not_negative("lr", self.lr)
         require_count("epochs", self.epochs)
         names = require_parameters(self.parameters)
         # In the types that can be saved, whatever a caller's numbers were.
@@ -142,11 +142,12 @@ class ParameterUpdate:
             return rearrange(flat, "(head d_head) -> head d_head", **head)
         return rearrange(flat, "d_model (head d_head) -> head d_model d_head", **head)
 
+    @without_autocast()
     def _flat_delta(self, name: Parameter, layer: int) -> Float[Tensor, "*d_model head_d_head"]:
         if name not in ALL_PARAMETERS:
             raise ValueError(f"name must be one of {', '.join(ALL_PARAMETERS)}; got {name!r}")
         n_layers = len(self.inputs)
-        if not -n_layers <= layer < n_layers:
+        if not is_whole(layer) or not -n_layers <= layer < n_layers:
             raise ValueError(f"layer={layer}, but the update has {n_layers} layers")
         errors = (self.key_errors if name.endswith("K") else self.value_errors)[layer]
         flat = wide(rearrange(errors, "token head d_head -> token (head d_head)"))
@@ -158,10 +159,12 @@ class ParameterUpdate:
         """The update as it was after some of its epochs.
 
         Raises:
-            ValueError: If it was not made in so many.
+            ValueError: If it was not made in so many, or not on demonstrations (`random_weights`).
         """
         made = self.settings.epochs
-        if not 1 <= epochs <= made:
+        if bool((self.demonstration < 0).any()):
+            raise ValueError("this update has no epochs to tell apart: it was not made on demonstrations")
+        if not is_whole(epochs) or not 1 <= epochs <= made:
             raise ValueError(f"epochs={epochs}, but the update was made in {made}")
         tokens, steps = (slice(length * epochs // made) for length in (len(self.position), len(self.losses)))
         return replace(
@@ -224,7 +227,7 @@ class ParameterUpdate:
         if (found := fingerprint(model)) != self.fingerprint:
             raise ValueError(
                 f"this update belongs to another model: it was made on one with fingerprint {self.fingerprint}, and this one "
-                f"has {found} (other weights, another shape or another dtype)"
+                f"has {found} (other weights, another shape, another configuration or another dtype)"
             )
         device, dtype = model.cfg.device, model.cfg.dtype
         stacked: dict[str, Tensor] = {
@@ -254,14 +257,17 @@ class ParameterUpdate:
 
         Raises:
             OSError: If the file cannot be written.
+            ValueError: If the update is not sound, as `load` would say.
         """
+        tensors = {name: getattr(self, name).contiguous() for name in AXES}
+        require_sound(tensors, self.settings.epochs)
         metadata = {
             "format": FILE_FORMAT,
             "settings": json.dumps(asdict(self.settings)),
             **{name: getattr(self, name) for name in _DIGESTS},
         }
         with written_whole(Path(path)) as partial:
-            save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, partial, metadata=metadata)
+            save_file(tensors, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> ParameterUpdate:
@@ -269,7 +275,8 @@ class ParameterUpdate:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is not a saved update.
+            ValueError: If the file is not a saved update, or not a sound one: something is missing or unknown, tensors have other
+                dtypes or do not fit each other, an entry is not finite, or a demonstration's tokens are not all there.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}")
@@ -278,12 +285,37 @@ class ParameterUpdate:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FILE_FORMAT:
                     raise ValueError(f"{path} is not a saved update: its format is {metadata.get('format')!r}")
-                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+                tensors = {name: file.get_tensor(name) for name in AXES}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a saved update: {error}") from error
-        settings = UpdateSettings(**json.loads(metadata["settings"]))
-        return cls(**tensors, settings=settings, **{name: metadata[name] for name in _DIGESTS})
+        try:
+            settings = _read_settings(metadata.get("settings", "nothing"))
+            require_sound(tensors, settings.epochs)
+            fingerprint, examples = (_read_digest(name, metadata.get(name)) for name in _DIGESTS)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a sound update: {error}") from error
+        return cls(**tensors, settings=settings, fingerprint=fingerprint, examples=examples)
 
 
 _DIGESTS = ("fingerprint", "examples")
-_TENSORS = ("inputs", "key_errors", "value_errors", "demonstration", "position", "gradient_norms", "losses")
+
+
+def _read_settings(text: str) -> UpdateSettings:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = text
+    known = [field.name for field in fields(UpdateSettings)]
+    if not isinstance(found, dict) or sorted(found) != sorted(known):
+        raise ValueError(f"its settings must be {', '.join(known)}; got {found!r}")
+    if not isinstance(found["parameters"], list):
+        raise ValueError(f"parameters must be a list, got {found['parameters']!r}")
+    return UpdateSettings(**found)
+
+
+def _read_digest(name: str, digest: str | None) -> str:
+    # A random update was made on no demonstrations.
+    none_allowed = name == "examples" and digest == ""
+    if digest is None or not (none_allowed or re.fullmatch("[0-9a-f]{16}", digest)):
+        raise ValueError(f"{name} must be 16 hex digits, got {digest!r}")
+    return digest

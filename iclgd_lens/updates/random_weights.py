@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iclgd_lens.models.precision import wide
+from iclgd_lens.tensor_draws import normal, seeded
 from iclgd_lens.updates.dual import ParameterUpdate
 
 
@@ -21,16 +22,19 @@ def random_weights(update: ParameterUpdate, seed: int = 0) -> ParameterUpdate:
 
     Args:
         update: The update whose norms are matched, up to rounding.
-        seed: Seeds the directions; drawn on the CPU, so a seed means the same on every device.
+        seed: Seeds the directions; drawn on the CPU in float32, so a seed means the same on every device and in every dtype.
+
+    Raises:
+        ValueError: If the seed is no whole number.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     n_layers, _, d_model = update.inputs.shape
     device = update.inputs.device
     norms = update.norms
 
     def errors(kind: str, like: Float[Tensor, "layer token kv_head d_head"]) -> Float[Tensor, "layer drawn kv_head d_head"]:
         heads = like.shape[2]
-        drawn = torch.randn(n_layers, d_model + 1, heads * like.shape[3], generator=generator).to(device, wide(like).dtype)
+        drawn = normal(generator, n_layers, d_model + 1, heads * like.shape[3]).to(device, wide(like).dtype)
         weight, bias = drawn[:, :-1], drawn[:, -1:]
 
         def scaled(x: Float[Tensor, "layer *rest"], name: str) -> Float[Tensor, "layer *rest"]:
@@ -44,7 +48,7 @@ def random_weights(update: ParameterUpdate, seed: int = 0) -> ParameterUpdate:
         bias = scaled(bias, f"b_{kind}") - weight.sum(dim=1, keepdim=True)
         return rearrange(torch.cat([weight, bias], dim=1), "layer token (head d_head) -> layer token head d_head", head=heads)
 
-    inputs = torch.cat([torch.eye(d_model), torch.zeros(1, d_model)]).to(update.inputs)
+    inputs = torch.eye(d_model + 1, d_model, dtype=update.inputs.dtype, device=device)
     return replace(
         update,
         inputs=inputs.expand(n_layers, -1, -1),
