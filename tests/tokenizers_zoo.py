@@ -103,3 +103,17 @@ def wordless_style() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def characters_by_offsets(tokenizer, text: str) -> tuple[list[int], list[list[int]]]:
+    """A text's tokens, and the places of those that share characters by the tokenizer's offsets, group by group."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    groups: list[list[int]] = []
+    reached = 0
+    for place, (first, last) in enumerate(encoded["offset_mapping"]):
+        if first < reached:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+        reached = max(reached, last)
+    return encoded["input_ids"], groups

@@ -1,7 +1,7 @@
 """Attention to look at: what ICL and updates weigh in the demonstrations, whole patterns, and heads that an update changed most.
 
 Every function returns a CircuitsVis view that shows itself in Jupyter, works offline (`View.save` writes a page), and takes any
-text for text.
+text for text. Tokens that make up one character together are shown as one (`pieces`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from iclgd_lens.updates.dual import ParameterUpdate
 from iclgd_lens.views.circuits import View, drawn_by, element
 from iclgd_lens.views.figure_style import COLOURS
 from iclgd_lens.views.names import METHOD_NAMES, counted
+from iclgd_lens.views.pieces import Piece, pieces, summed_over_pieces
 
 Pattern = Float[Tensor, "head query_pos key_pos"]
 
@@ -48,21 +49,21 @@ class AttentionExample:
     """What some queries weigh in the demonstrations: in-context attention, and the attention that updates imply.
 
     Weights are shares: over the tokens of all demonstrations they sum to 1. For updates they are those of the lengths of
-    contributions (`implied_attention`). They are kept in 255 steps of the largest of their head. Head 0 is the mean over heads, and
-    the model's heads follow.
+    contributions (`implied_attention`). Tokens that make up one character together are one piece, and its weight is the sum of
+    theirs. Weights are kept in 255 steps of the largest of their head. Head 0 is the mean over heads, and the model's heads follow.
 
     Attributes:
         task: The task's name.
         methods: What the columns are called; the first is ICL.
         colours: A colour for each.
-        demonstrations: The tokens of each, as text, behind BOS.
+        demonstrations: The text of each after BOS, piece by piece.
         labels: Each demonstration's label word.
         queries: Of each query its `text`, the label `predicted` in-context, and the `gold` one, None where it is not known.
         shape: `[method, query, layer, head]`.
-        weights: `[method query layer head token]`: bytes in base64.
+        weights: `[method query layer head piece]`: bytes in base64.
         scale: `[method query layer head]`, flattened: the share that 255 stands for.
-        tau: `[method query layer head]`, flattened: Kendall's τ with ICL's weights, without each demonstration's last token,
-            which a gradient step pays nothing; None where there is none.
+        tau: `[method query layer head]`, flattened: Kendall's τ with ICL's weights, token by token, without each demonstration's
+            last token, which a gradient step pays nothing; None where there is none.
     """
 
     task: str
@@ -134,16 +135,18 @@ def attention_example(
     compared = without_ends(shares, demonstrations)
     tau = kendall_tau(compared[:1], compared)
     tau[0] = torch.nan
-    largest = shares.amax(dim=-1)
-    steps = (shares / largest[..., None].masked_fill(largest[..., None] == 0, 1.0) * 255).round().to(torch.uint8)
+    texts = [pieces(model.tokenizer, each.tokens[1:]) for each in demonstrations]
+    shown = summed_over_pieces(shares, [piece for text in texts for piece in text])
+    largest = shown.amax(dim=-1)
+    steps = (shown / largest[..., None].masked_fill(largest[..., None] == 0, 1.0) * 255).round().to(torch.uint8)
     return AttentionExample(
         task=episode.task,
         methods=("ICL", *(METHOD_NAMES.get(name, name) for name in updates)),
         colours=tuple(COLOURS.get(name, OTHER) for name in ("icl", *updates)),
-        demonstrations=tuple(tuple(strings(model, each.tokens[1:])) for each in demonstrations),
+        demonstrations=tuple(tuple(piece.text for piece in text) for text in texts),
         labels=tuple("?" if each.label is None else episode.label_words[each.label].strip() for each in demonstrations),
         queries=tuple(_about(model, query, episode.label_words, int(icl.predictions[row])) for row, query in enumerate(queries)),
-        shape=tuple(shares.shape[:-1]),
+        shape=tuple(shown.shape[:-1]),
         weights=base64.b64encode(steps.cpu().numpy().tobytes()).decode(),
         scale=tuple(float(f"{scale:.4g}") for scale in largest.flatten().tolist()),
         tau=tuple(None if value != value else round(value, 3) for value in tau.flatten().tolist()),
@@ -169,6 +172,9 @@ def attention_patterns(
 ) -> View:
     """Show a layer's whole attention patterns for one prompt, head by head: in-context, zero-shot, or under an update.
 
+    Tokens that make up one character together are shown as one: a column is the sum of their columns, and a row is that of the
+    last of them, the only one that has seen the character.
+
     Held are `heads × prompt²` numbers, and a page of about ten bytes for each.
 
     Args:
@@ -184,9 +190,10 @@ def attention_patterns(
     """
     tokens, pattern = _pattern(model, query, demonstrations, update, [layer])
     names = [f"L{layer}H{head}" for head in range(len(pattern[layer]))]
-    where = f"behind {counted(len(demonstrations), 'demonstration')}" if demonstrations else "zero-shot"
+    where = f"after {counted(len(demonstrations), 'demonstration')}" if demonstrations else "zero-shot"
     caption = f"Attention in layer {layer}, {where}{'' if update is None else ', under an update'}. Rows attend to columns."
-    return _heads(caption, strings(model, tokens), pattern[layer], names)
+    cut = pieces(model.tokenizer, tokens)
+    return _heads(caption, cut, _by_piece(pattern[layer], cut), names)
 
 
 def changed_heads(
@@ -199,6 +206,9 @@ def changed_heads(
 ) -> View:
     """Show the heads in which an update changed attention most as demonstrations do: ranked by SimAM_Δ (`rank_heads`), each with
     the change of its pattern within the query, update minus zero-shot, red where attention falls and blue where it rises.
+
+    Tokens that make up one character together are shown as one: a column is the sum of their columns, and a row is that of the
+    last of them.
 
     Args:
         model: The model; hooks that are on it act.
@@ -218,16 +228,17 @@ def changed_heads(
         raise ValueError("no head has a SimAM_Δ for this query: nothing in its attention changes")
     layers = sorted({layer for layer, _, _ in ranked})
     (tokens, before), (_, after) = (_pattern(model, query, (), each, layers) for each in (None, update))
-    change = torch.stack([after[layer][head] - before[layer][head] for layer, head, _ in ranked])
+    cut = pieces(model.tokenizer, tokens)
+    change = _by_piece(torch.stack([after[layer][head] - before[layer][head] for layer, head, _ in ranked]), cut)
     names = [f"L{layer}H{head} {value:+.2f}" for layer, head, value in ranked]
     largest = float(change.abs().max()) or 1.0
     caption = (
         "What an update changes in attention within the query, update minus zero-shot: red where it falls, blue where it rises, "
-        f"full colour at {largest:.3g}. Heads by SimAM_Δ, the number behind their names: how alike their change of scores is to "
+        f"full colour at {largest:.3g}. Heads by SimAM_Δ, the number after each name: how alike the head's change of scores is to "
         f"what {counted(len(demonstrations), 'demonstration')} in front change."
     )
     colours = {"minValue": -largest, "maxValue": largest, "negativeColor": FALLS, "positiveColor": RISES}
-    return _heads(caption, strings(model, tokens), change, names, **colours)
+    return _heads(caption, cut, change, names, **colours)
 
 
 def rank_heads(icl: Activations, ft: Activations, zsl: Activations) -> list[tuple[int, int, float]]:
@@ -245,23 +256,8 @@ def rank_heads(icl: Activations, ft: Activations, zsl: Activations) -> list[tupl
 
 
 def strings(model: HookedModel, tokens: Int[Tensor, "pos"]) -> list[str]:
-    """Write tokens as text, one string each, with the spaces that they have in a text; as numbers if there is no tokenizer."""
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        return [str(token) for token in tokens.tolist()]
-
-    def decode(*some: int) -> str:
-        return str(tokenizer.decode(list(some), clean_up_tokenization_spaces=False))
-
-    found, before = [], None
-    for token in tokens.tolist():
-        # Behind another token, since some tokenizers write no space before the first.
-        first = "" if before is None else decode(before)
-        joined = decode(token) if before is None else decode(before, token)
-        # A token that is part of a character has no text of its own.
-        found.append((joined[len(first) :] if joined.startswith(first) else "") or decode(token))
-        before = token
-    return found
+    """Write tokens as text, one string for each piece (`pieces`); as numbers if the model has no tokenizer."""
+    return [piece.text for piece in pieces(model.tokenizer, tokens)]
 
 
 def _shares(weights: Float[Tensor, "query layer head token"]) -> Float[Tensor, "query layer head_or_mean token"]:
@@ -305,7 +301,24 @@ def _pattern(
     return tokens, found
 
 
-def _heads(caption: str, tokens: list[str], patterns: Pattern, names: list[str], **colours: Any) -> View:
+def _by_piece(patterns: Pattern, cut: Sequence[Piece]) -> Float[Tensor, "head query_piece key_piece"]:
+    """Add up the columns of each piece's tokens, and keep the row of its last token."""
+    return summed_over_pieces(patterns, cut)[:, [piece.stop - 1 for piece in cut]]
+
+
+def _heads(
+    caption: str,
+    cut: Sequence[Piece],
+    patterns: Float[Tensor, "head query_piece key_piece"],
+    names: list[str],
+    **colours: Any,
+) -> View:
+    if any(piece.stop - piece.start > 1 for piece in cut):
+        caption += (
+            " Tokens that make up one character together are shown as one: its column is the sum of theirs, "
+            "its row that of the last."
+        )
     attention = [[[float(f"{value:.3g}") for value in row] for row in head] for head in patterns.tolist()]
     # On a canvas, so the tokens are text, and not parsed.
-    return element("AttentionHeads", {"attention": attention, "tokens": tokens, "attentionHeadNames": names, **colours}, caption)
+    shown = {"attention": attention, "tokens": [piece.text for piece in cut], "attentionHeadNames": names, **colours}
+    return element("AttentionHeads", shown, caption)

@@ -34,6 +34,7 @@ from iclgd_lens.views.attention import queries_within, strings
 from iclgd_lens.views.circuits import page, script_json
 from tests.models_zoo import make_model, make_queries
 from tests.pages import opened
+from tests.tokenizers_zoo import characters_by_offsets, gpt2_style
 
 MARKUP = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> &lt;b&gt; <bos>"
 
@@ -122,13 +123,13 @@ def test_an_example_is_saved_and_loaded(example, tmp_path):
 
 
 def test_patterns_and_changes_say_what_they_show(bundled, episode, updates):
-    query, behind = episode.queries[0], f"{len(episode.demonstrations)} demonstrations"
+    query, shown = episode.queries[0], f"{len(episode.demonstrations)} demonstrations"
     assert "Attention in layer 2, zero-shot." in attention_patterns(bundled, query, 2).body
     in_context = attention_patterns(bundled, query, 1, demonstrations=episode.demonstrations, update=updates["gd"]).body
-    assert f"Attention in layer 1, behind {behind}, under an update." in in_context
+    assert f"Attention in layer 1, after {shown}, under an update." in in_context
     changed = changed_heads(bundled, query, episode.demonstrations, updates["gd"]).body
     assert "update minus zero-shot: red where it falls, blue where it rises" in changed
-    assert behind in changed
+    assert shown in changed
 
 
 def test_queries_that_are_not_there_are_refused(bundled, episode, updates):
@@ -314,3 +315,89 @@ def test_demonstrations_with_markup_go_all_the_way(chromium, bundled, tmp_path):
     shown = attention_example(bundled, episode, {"lcgd": lcgd(bundled, episode.demonstrations, lr=0.1)})
     with opened(chromium, shown.view().save(tmp_path / "view.html")) as page_:
         assert page_.locator("img").count() == 0
+
+
+@pytest.fixture(scope="module")
+def split():
+    """A model with a tokenizer of bytes, and an episode whose characters are split over tokens."""
+    tokenizer = gpt2_style()
+    model = make_model(d_vocab=len(tokenizer), n_ctx=256)
+    model.tokenizer = tokenizer
+    texts = ["映画は最高だ", "great 😀👍🏽", "मूवी अच्छी है", "</script> 🇩🇪", "plain", "real \ufffd"]
+    rows = [{"text": text, "label": number % 2} for number, text in enumerate(texts)]
+    task = Task.from_rows(rows, name="split", template="Review: {text} Label:", labels=["good", "bad"])
+    return model, task.episode(model, k=3, n_queries=3, seed=0)
+
+
+def characters(tokenizer, tokens: list[int]) -> list[list[int]]:
+    """The places of each character's tokens."""
+    again, groups = characters_by_offsets(tokenizer, tokenizer.decode(tokens))
+    assert again == tokens
+    return groups
+
+
+def test_characters_split_over_tokens_are_one_in_an_example_with_the_sum_of_their_weights(split):
+    model, episode = split
+    update = gd(model, episode.demonstrations, lr=0.1)
+    found = attention_example(model, episode, {"gd": update}, rows=range(3))
+    zsl = capture(model, episode.queries, keep=[*ATTENTION])
+    icl = capture(model, episode.queries, context=episode.demonstrations, keep=["context_scores"])
+    weights = [icl_attention(icl, episode.demonstrations), implied_attention(update.attribution(zsl), episode.demonstrations)]
+    shares = torch.stack([each / each.sum(dim=-1, keepdim=True) for each in weights])
+    expected, start = [], 0
+    for demonstration, shown in zip(episode.demonstrations, found.demonstrations, strict=True):
+        tokens = demonstration.tokens[1:].tolist()
+        places = characters(model.tokenizer, tokens)
+        assert "".join(shown) == model.tokenizer.decode(tokens)
+        assert [*shown] == [model.tokenizer.decode([tokens[place] for place in each]) for each in places]
+        expected += [shares[..., [start + place for place in each]].sum(dim=-1) for each in places]
+        start += len(tokens)
+    assert len(expected) < start
+    summed = torch.stack(expected, dim=-1)
+    largest = summed.amax(dim=-1, keepdim=True).numpy()
+    assert (np.abs(decoded(found)[:, :, :, 1:] - summed.numpy()) <= largest * 0.0025).all()
+    compared = without_ends(shares, episode.demonstrations)
+    tau = np.array([np.nan if value is None else value for value in found.tau]).reshape(found.shape)[1][:, :, 1:]
+    assert tau == pytest.approx(kendall_tau(compared[0], compared[1]).numpy(), abs=6e-4)
+    texts = [query["text"] for query in found.queries]
+    assert texts == [model.tokenizer.decode(query.tokens[1:]) for query in episode.queries]
+    assert any("\ufffd" not in text and not text.isascii() for text in texts)
+
+
+def test_characters_split_over_tokens_are_one_row_and_column_of_patterns_and_of_changes(split):
+    model, episode = split
+    query = next(query for query in episode.queries if not model.tokenizer.decode(query.tokens).isascii())
+    update = gd(model, episode.demonstrations, lr=20.0)
+    with torch.no_grad():
+        _, before = model.run_with_cache(query.tokens[None])
+        with update.attached(model):
+            _, after = model.run_with_cache(query.tokens[None])
+    groups = characters(model.tokenizer, query.tokens.tolist())
+    assert len(groups) < len(query.tokens)
+
+    def by_character(pattern):
+        rows = pattern[..., [each[-1] for each in groups], :]
+        return torch.stack([rows[..., each].sum(dim=-1) for each in groups], dim=-1).numpy()
+
+    view = attention_patterns(model, query, 2, update=update)
+    found = properties(view)
+    assert np.array(found["attention"]) == pytest.approx(by_character(after["pattern", 2][0]), rel=6e-3, abs=1e-6)
+    assert "".join(found["tokens"]) == model.tokenizer.decode(query.tokens)
+    assert "Tokens that make up one character together are shown as one" in view.body
+    changed = properties(changed_heads(model, query, episode.demonstrations, update, top=1))
+    layer, head = map(int, re.match(r"L(\d+)H(\d+) ", changed["attentionHeadNames"][0]).groups())
+    expected = by_character((after["pattern", layer] - before["pattern", layer])[0, head])
+    assert np.array(changed["attention"][0]) == pytest.approx(expected, rel=6e-3, abs=1e-4)
+    assert changed["tokens"] == found["tokens"]
+    assert changed["maxValue"] == pytest.approx(np.abs(expected).max(), rel=1e-3)
+
+
+def test_no_caption_speaks_of_characters_where_each_token_is_shown_by_itself(bundled, episode):
+    assert "one character" not in attention_patterns(bundled, episode.queries[0], 1).body
+
+
+def test_queries_to_choose_from_are_cut_between_characters(chromium, example, tmp_path):
+    asked = {**example.queries[0], "text": "😀" * 200}
+    path = replace(example, queries=(asked, *example.queries[1:])).view().save(tmp_path / "view.html")
+    with opened(chromium, path) as shown:
+        assert shown.locator("select[name=query] option").first.text_content() == "1: " + "😀" * 117

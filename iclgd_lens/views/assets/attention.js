@@ -30,7 +30,9 @@ window.iclgdAttention = function (root, data) {
     select.addEventListener("change", draw);
     return select;
   };
-  const query = selector("query", data.queries.map((each, index) => `${index + 1}: ${each.text.trim()}`.slice(0, 120)));
+  // By characters: a string's own slice may end within one.
+  const cut = (text) => Array.from(text).slice(0, 120).join("");
+  const query = selector("query", data.queries.map((each, index) => cut(`${index + 1}: ${each.text.trim()}`)));
   const layer = selector("layer", Array.from({ length: nLayers }, (_, index) => String(index)));
   const head = selector("head", Array.from({ length: nHeads }, (_, index) => (index ? String(index - 1) : "mean over heads")));
   layer.value = nLayers - 1;
