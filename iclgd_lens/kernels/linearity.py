@@ -94,7 +94,6 @@ def label_step(
     )
 
 
-@without_autocast()
 def own_layer_change(
     model: HookedModel, update: ParameterUpdate, queries: Sequence[Query], *, batch_size: int = 8
 ) -> Float[Tensor, "layer query label"]:

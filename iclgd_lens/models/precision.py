@@ -32,8 +32,8 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def ordinary_modes() -> Iterator[None]:
-    """Compute as torch does when nothing is set: in the dtypes of the tensors, on tensors' own devices and not under inference mode,
-    without gradients until they are switched on. What the caller has set holds again afterwards.
+    """Compute as torch does when nothing is set: in the dtypes of the tensors, on tensors' own devices and not under inference
+    mode, without gradients until they are switched on. What the caller has set holds again afterwards.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -72,9 +72,9 @@ def capture(
 
     The results are those of every prompt run whole and by itself. Where nobody can tell, the context, or BOS alone, runs once, and
     the queries run after its cached keys and values, in batches of similar length (`runs/passes.py`). Hooks that are already on the
-    model act, and see every prompt whole, one by one, in the order of `queries`; a label word of several tokens takes a further pass
-    over the prompt and the word. Label words are read out from the residual stream (`models/readout.py`), so hooks on the final norm
-    and the unembedding are not seen.
+    model act, and see every prompt whole, one by one, in the order of `queries`; a label word of several tokens takes a further
+    pass over the prompt and the word. Label words are read out from the residual stream (`models/readout.py`), so hooks on the
+    final norm and the unembedding are not seen.
 
     Kept are, for every query and layer: `d_model` numbers each for `attn_out`, `residual`, `head_out` and `demonstration_out`;
     `heads` times the query's length, the context's length or the number of demonstrations for scores and attention to these; and

@@ -3,8 +3,8 @@
 A prompt's results are those of the prompt alone, run whole. Prompts share a pass, or a cached beginning, only where that changes
 nothing:
 
-- Code of a user's on the model (`models/touched.py`) may treat positions and prompts differently. Then every prompt runs whole and by
-  itself, in the order given, so that the code sees what `model.run_with_hooks(prompt)` would show it.
+- Code of a user's on the model (`models/touched.py`) may treat positions and prompts differently. Then every prompt runs whole and
+  by itself, in the order given, so that the code sees what `model.run_with_hooks(prompt)` would show it.
 - Where a layer looks back a window, padding between a prompt's parts would move tokens out of it. Prompts longer than the window
   share a pass only with others of their length.
 - Where rotary frequencies depend on the length of a pass, a prompt goes on after a cached beginning only if that ran with the same

@@ -349,9 +349,10 @@ class _Batch:
             if bool(edited.any()):
                 layer = int(edited.nonzero()[0, 0])
                 raise ValueError(
-                    f"attention in layer {layer} does not hand the output projection the softmax of its scores times what the value "
-                    "projection puts out: a hook edits something between them, or the model has a module there, such as a norm or a "
-                    f"gate after the heads. What demonstrations and tokens contribute cannot be told then; take the hook off, or "
+                    f"attention in layer {layer} does not hand the output projection the softmax of its scores times what the "
+                    "value projection puts out: a hook edits something between them, or the model has a module there, such as a "
+                    "norm or "
+                    f"a gate after the heads. What demonstrations and tokens contribute cannot be told then; take the hook off, or "
                     f"capture without {kept}"
                 )
 

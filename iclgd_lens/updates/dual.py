@@ -241,13 +241,13 @@ class ParameterUpdate:
         """Run `model` as if it had been updated, within a `with` block; afterwards, also after an exception, it is as before.
 
         Hooks of your own act as on a model with updated weights, those that are on it already and those that you add inside. On a
-        bridge there is one exception: an edit of `attn.k.hook_in` or `attn.v.hook_in` that is added inside comes after the update has
-        read that place. Put such hooks on before. `model.reset_hooks()` inside leaves the update on.
+        bridge there is one exception: an edit of `attn.k.hook_in` or `attn.v.hook_in` that is added inside comes after the update
+        has read that place. Put such hooks on before. `model.reset_hooks()` inside leaves the update on.
 
         Raises:
             ValueError: If the update was made on another model.
-            RuntimeError: If another thread is capturing this model, or has an update attached to it; or, at the end of the block, if
-                the update's hooks were taken off within it (`model.reset_hooks(including_permanent=True)`).
+            RuntimeError: If another thread is capturing this model, or has an update attached to it; or, at the end of the block,
+                if the update's hooks were taken off within it (`model.reset_hooks(including_permanent=True)`).
         """
         with sites_of(model).attach(self._hooks(model)):
             yield model

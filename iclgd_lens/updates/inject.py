@@ -80,5 +80,6 @@ def _of_layer(sites: HookSites, layer: int, changes: Changes) -> list[NamedHook]
 
         return to
 
-    hooks: list[NamedHook] = [(sites.projection_in[layer], remember), (sites.keys[layer], add("keys")), (sites.values[layer], add("values"))]
+    hooks: list[NamedHook] = [(sites.projection_in[layer], remember)]
+    hooks += [(sites.keys[layer], add("keys")), (sites.values[layer], add("values"))]
     return [(name, same_at_every_position(hook)) for name, hook in hooks]

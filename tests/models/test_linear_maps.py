@@ -108,9 +108,9 @@ def test_a_norm_between_heads_and_the_output_projection_is_refused_with_the_reas
     draw(model)
     bridge = make_bridge(model.eval())
     demonstrations, queries = make_demonstrations(), make_queries()
-    with pytest.raises(ValueError, match="a norm or a gate after the heads.*without demonstration_out"):
+    with pytest.raises(ValueError, match=r"a norm or a gate after the heads.*without demonstration_out"):
         capture(bridge, queries, context=demonstrations, keep=["head_out", "demonstration_out", "demonstration_attention"])
-    with pytest.raises(ValueError, match="a norm or a gate after the heads.*without score_gradients"):
+    with pytest.raises(ValueError, match=r"a norm or a gate after the heads.*without score_gradients"):
         capture(bridge, queries, keep=[*ATTENTION])
     capture(bridge, queries, context=demonstrations)
 

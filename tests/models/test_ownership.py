@@ -15,8 +15,8 @@ import torch
 
 from iclgd_lens import capture, gd, lcgd, load_model, tangent_kernel
 from iclgd_lens.models.sites import sites_of
-from iclgd_lens.models.touched import same_at_every_position
 from iclgd_lens.models.sites.ownership import _owners
+from iclgd_lens.models.touched import same_at_every_position
 from tests.models_zoo import make_demonstrations, make_model, make_queries
 
 SECONDS = 10

@@ -124,7 +124,7 @@ def test_a_torch_hook_on_a_projection_is_refused():
 def test_weights_made_under_inference_mode_are_refused_with_the_reason():
     with torch.inference_mode():
         model = make_bridge(make_hf_model("llama"))
-    with pytest.raises(ValueError, match="made under torch.inference_mode"):
+    with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
         gd(model, make_demonstrations(), lr=0.1)
 
 
@@ -156,6 +156,6 @@ def test_resetting_hooks_leaves_an_attached_update_on(kind):
 def test_an_update_that_was_taken_off_within_is_an_error():
     model = make_model()
     update = lcgd(model, make_demonstrations(), lr=0.05)
-    with pytest.raises(RuntimeError, match=r"hooks of this package were taken off.*including_permanent"):
-        with update.attached(model):
-            model.reset_hooks(including_permanent=True)
+    taken_off = pytest.raises(RuntimeError, match=r"hooks of this package were taken off.*including_permanent")
+    with taken_off, update.attached(model):
+        model.reset_hooks(including_permanent=True)

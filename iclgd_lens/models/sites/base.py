@@ -98,8 +98,8 @@ class HookSites(ABC):
 
     @abstractmethod
     def output_weight(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """What a layer's output projection multiplies by, `W_O`: the model's own tensor where the projection is a plain linear layer,
-        and otherwise, as with an adapter or int8 weights, measured.
+        """What a layer's output projection multiplies by, `W_O`: the model's own tensor where the projection is a plain linear
+        layer, and otherwise, as with an adapter or int8 weights, measured.
 
         Raises:
             ValueError: If the projection is not linear.
@@ -177,8 +177,8 @@ class HookSites(ABC):
         """
         if any(parameter.is_inference() for _, parameter in self.model.named_parameters()):
             raise ValueError(
-                "the model's weights were made under torch.inference_mode(), and no gradient can be taken through such tensors; load "
-                "or build the model outside of it"
+                "the model's weights were made under torch.inference_mode(), and no gradient can be taken through such tensors; "
+                "load or build the model outside of it"
             )
 
     @contextmanager
@@ -207,9 +207,9 @@ class HookSites(ABC):
                 were_on = [take_off() for take_off in off]
             if not all(were_on):
                 raise RuntimeError(
-                    f"{were_on.count(False)} of {len(were_on)} hooks of this package were taken off while they were in use, so what "
-                    "ran after that ran without them; model.reset_hooks() leaves them on, but reset_hooks(including_permanent=True) "
-                    "and remove_all_hook_fns do not: call these outside of the with block"
+                    f"{were_on.count(False)} of {len(were_on)} hooks of this package were taken off while they were in use, so "
+                    "what ran after that ran without them; model.reset_hooks() leaves them on, but "
+                    "reset_hooks(including_permanent=True) does not: call it outside of the with block"
                 )
 
     def _is_place(self, name: str) -> bool:
@@ -246,8 +246,8 @@ def _why_missing(model: Any, missing: Sequence[str]) -> str:
         return f"the model has no hook named {missing[0]} ({len(missing)} needed hooks are missing)"
     return (
         f"the hook point {missing[0]} has been replaced by a {type(found).__name__}, as sparse autoencoders are put in, and this "
-        "package reads the model there; take it off first (with SAELens: model.reset_saes()), or put it at another hook point, such "
-        "as hook_mlp_out"
+        "package reads the model there; take it off first (with SAELens: model.reset_saes()), or put it at another hook point, "
+        "such as hook_mlp_out"
     )
 
 
@@ -263,8 +263,8 @@ def refuse_hidden_hooks(ends: Mapping[str, tuple[nn.Module, str]]) -> None:
     for name, (module, point) in ends.items():
         if any(not is_of_a_library(hook) for hook in module._forward_hooks.values()):
             raise ValueError(
-                f"a torch hook on {name} may edit its output after the last hook point there, where this package cannot see it; put "
-                f"it at {point} instead: model.add_hook({point!r}, hook)"
+                f"a torch hook on {name} may edit its output after the last hook point there, where this package cannot see it; "
+                f"put it at {point} instead: model.add_hook({point!r}, hook)"
             )
 
 

@@ -90,8 +90,8 @@ class BridgeSites(HookSites):
             return queries
         if width != heads * self.model.cfg.d_head:
             raise ValueError(
-                f"the query projection of layer {layer} puts out {width} numbers, not {heads} heads of {self.model.cfg.d_head}: what "
-                "else it makes, such as a gate, is not told apart from attention queries"
+                f"the query projection of layer {layer} puts out {width} numbers, not {heads} heads of {self.model.cfg.d_head}: "
+                "what else it makes, such as a gate, is not told apart from attention queries"
             )
         return rearrange(queries, "... (head d_head) -> ... head d_head", head=heads)
 
@@ -115,8 +115,9 @@ class BridgeSites(HookSites):
                 projection = getattr(self._attention(layer), name).original_component
                 if any(not is_of_a_library(hook) for hook in projection._forward_hooks.values()):
                     raise ValueError(
-                        f"a torch hook on the {name.upper()} projection of layer {layer} edits its output before the hook point there, "
-                        f"so the gradient of its weight cannot be read; put it at blocks.{layer}.attn.{name}.hook_out instead"
+                        f"a torch hook on the {name.upper()} projection of layer {layer} edits its output before the hook point "
+                        f"there, so the gradient of its weight cannot be read; put it at blocks.{layer}.attn.{name}.hook_out "
+                        f"instead"
                     )
 
     @override
@@ -188,8 +189,8 @@ class BridgeSites(HookSites):
 
     @contextmanager
     def _fresh_rotary(self) -> Iterator[None]:
-        """Rotary frequencies that depend on how long a pass is are kept from one pass to the next. Here every pass begins with those of
-        a model that has run nothing, and afterwards they are as they were.
+        """Rotary frequencies that depend on how long a pass is are kept from one pass to the next. Here every pass begins with
+        those of a model that has run nothing, and afterwards they are as they were.
         """
         if not self.rope_switches:
             yield

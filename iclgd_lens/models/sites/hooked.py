@@ -90,9 +90,9 @@ class TransformerSites(HookSites):
         norm = block.ln1
         if not is_untouched(norm) or not is_untouched(block.attn, but_read=True):
             raise ValueError(
-                f"a torch hook on blocks.{layer}.ln1 or on blocks.{layer}.attn changes what the projections multiply after the last "
-                "hook point before them, so hooks by name cannot read it; run within `with update.attached(model)`, which reads "
-                "attention's own input"
+                f"a torch hook on blocks.{layer}.ln1 or on blocks.{layer}.attn changes what the projections multiply after the "
+                "last hook point before them, so hooks by name cannot read it; run within `with update.attached(model)`, which "
+                "reads attention's own input"
             )
         if cfg.normalization_type is None or cfg.original_architecture in _POST_NORM_ARCHITECTURES:
             return f"blocks.{layer}.hook_resid_pre", hook
