@@ -410,6 +410,15 @@ def test_without_the_space_prompt_and_label_spell_the_text_with_none(make, templ
     assert shown == f"{template.format(text=TEXT)}Positive"
 
 
+@pytest.mark.parametrize("make", [gpt2_style, llama_style, merging_tokenizer, *TOKENIZERS.values()])
+@pytest.mark.parametrize("template", [*TEMPLATES, "{text} Positive or"])
+@pytest.mark.parametrize("word", ["Positive", "film", "a"])
+def test_without_the_space_no_tokenizer_puts_one_in(make, template, word):
+    tokenizer = make()
+    (label,) = PromptFormat(template, space_before_labels=False).label_tokens(tokenizer, [word])
+    assert "".join(tokenizer.convert_ids_to_tokens(label.tolist())) == word
+
+
 @pytest.mark.parametrize("given", ["no", 0, None])
 def test_the_space_is_there_or_not(given):
     with pytest.raises(ValueError, match="space_before_labels must be True or False, got"):

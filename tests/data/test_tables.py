@@ -49,7 +49,10 @@ FORMS = {
     "data set with a transform": lambda: SET.with_transform(lambda batch: batch),
     "data set, chosen": lambda: SET.select(range(12)).filter(lambda row: True),
     "iterable data set": SET.to_iterable_dataset,
-    "iterable data set, torch": lambda: SET.to_iterable_dataset().with_format("torch"),
+    **{
+        f"iterable data set, {kind}": lambda kind=kind: SET.to_iterable_dataset().with_format(kind)
+        for kind in ("torch", "pandas", "arrow")
+    },
     "class labels": lambda: NAMED,
     "booleans": lambda: SET.cast_column("label", datasets.Value("bool")),
 }
