@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from iclgd_lens.checks import require_count, require_finite, require_one_of, require_positive, require_some_of
+from iclgd_lens.checks import (
+    require_count,
+    require_finite,
+    require_not_negative,
+    require_one_of,
+    require_positive,
+    require_seed,
+    require_some_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,3 +38,20 @@ def test_what_is_not_allowed_is_said_with_its_name(check, message):
 def test_numbers_of_numpy_are_numbers():
     require_count("n", np.int64(3))
     require_positive("lr", np.float32(0.1))
+
+
+@pytest.mark.parametrize("seed", [1.5, "a", None, True, torch.tensor(1), 2**64, -(2**63) - 1], ids=repr)
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match=r"^seed must be a whole number"):
+        require_seed(seed)
+
+
+def test_a_seed_is_returned_as_an_integer_of_python_s():
+    assert [require_seed(seed) for seed in (-1, 0, np.int64(3), 2**64 - 1)] == [-1, 0, 3, 2**64 - 1]
+    assert type(require_seed(np.int64(3))) is int
+
+
+def test_truth_values_are_no_numbers():
+    for check in (require_count, require_positive, require_not_negative):
+        with pytest.raises(ValueError, match="got True"):
+            check("n", True)

@@ -35,6 +35,7 @@ from iclgd_lens.kernels.smoother import nadaraya_watson
 from iclgd_lens.metrics.similarity import sim_aou
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedTransformer, make_hooked_transformer
+from iclgd_lens.models.precision import without_autocast
 from iclgd_lens.models.sites import sites_of
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.tensor_draws import normal, seeded
@@ -149,6 +150,7 @@ class PositiveControl:
     n_queries: int
 
 
+@without_autocast()
 def positive_control(seed: int = 0) -> PositiveControl:
     """Measure SimAOU between a regression model's in-context change and a step of gradient descent (von Oswald et al. 2023).
 
@@ -273,7 +275,8 @@ def _pair_model(
         "init_weights": False,
         "device": "cpu",
     }
-    model = make_hooked_transformer(settings, what="a model of known behaviour")
+    with torch.device("cpu"):
+        model = make_hooked_transformer(settings, what="a model of known behaviour")
     of_x = torch.diag((torch.arange(d_model, device="cpu") < n_x).float())
     identity = torch.eye(d_model, dtype=torch.float32, device="cpu")
     with torch.no_grad():

@@ -162,9 +162,11 @@ def proxy_attention(
     if zsl.model != (found := fingerprint(model)):
         raise ValueError(f"the run is of another model: its fingerprint is {zsl.model}, and this one's is {found}")
     sites, cfg = sites_of(model), model.cfg
-    if trained.ndim != 4 or (trained.shape[0], *trained.shape[2:]) != (expected := (sites.n_layers, cfg.n_heads, cfg.d_head)):
+    expected = (sites.n_layers, cfg.n_heads, cfg.d_head)
+    if trained.ndim != 4 or (trained.shape[0], *trained.shape[2:]) != expected:
         raise ValueError(
-            f"trained must be [layer token head d_head], with {expected} of this model; got the shape {list(trained.shape)}"
+            f"trained must be [layer token head d_head], of this model's {expected} layers, heads and d_head; got the shape "
+            f"{list(trained.shape)}"
         )
     require_finite("trained", trained)
     layers = []

@@ -256,3 +256,28 @@ def test_the_smallest_bandwidth_that_is_let_through_is_still_exact():
         torch.testing.assert_close(estimate, made.closed_form, atol=1e-5, rtol=0)
         bandwidth *= 0.97
     assert bandwidth < 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_seed_means_the_same_under_every_default_of_torch_s(dtype):
+    control, smoother = positive_control(seed=2), gaussian_smoother(seed=1)
+    torch.set_default_dtype(dtype)
+    try:
+        found, again = positive_control(seed=2), gaussian_smoother(seed=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert positive_control(seed=2) == found == control
+    with torch.device("meta"):
+        elsewhere = gaussian_smoother(seed=1)
+    for each in (again, elsewhere):
+        assert torch.equal(each.inputs, smoother.inputs)
+        assert torch.equal(each.model.W_E, smoother.model.W_E)
+        assert torch.equal(each.model.W_Q, smoother.model.W_Q)
+
+
+@pytest.mark.parametrize("make", [regression_model, positive_control, gaussian_smoother])
+def test_a_seed_that_is_none_is_refused(make):
+    for seed in (1.5, "a", None, True):
+        with pytest.raises(ValueError, match="seed must be a whole number"):
+            make(seed=seed)

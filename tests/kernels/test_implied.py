@@ -334,3 +334,29 @@ def test_what_was_not_kept_is_named():
         icl_attention(capture(model, queries, keep=["attn_out"]), demonstrations)
     with pytest.raises(AttributeError, match="own_inputs was not kept"):
         proxy_attention(model, capture(model, queries, keep=["attn_out"]), demonstration_queries(model, demonstrations))
+
+
+def test_demonstrations_may_be_generators():
+    model, demonstrations, queries = make_model("one_layer"), make_demonstrations(), make_queries()
+    icl = capture(model, queries, context=demonstrations, keep=["context_scores"])
+    zsl = capture(model, queries, keep=[*ATTENTION])
+    attribution = gd(model, demonstrations, lr=0.1).attribution(zsl)
+    weights = icl_attention(icl, demonstrations)
+    assert torch.equal(icl_attention(icl, iter(demonstrations)), weights)
+    assert torch.equal(implied_attention(attribution, iter(demonstrations)), implied_attention(attribution, demonstrations))
+    assert torch.equal(demonstration_queries(model, iter(demonstrations)), demonstration_queries(model, demonstrations))
+    for each in (without_ends, by_demonstration, other_demonstrations):
+        assert torch.equal(each(weights, iter(demonstrations)), each(weights, demonstrations))
+
+
+def test_proxy_queries_of_another_shape_or_not_finite_are_refused():
+    model, demonstrations = make_model("one_layer"), make_demonstrations()
+    zsl = capture(model, make_queries(), keep=["own_inputs"])
+    trained = demonstration_queries(model, demonstrations)
+    for wrong in (trained[:0], trained[:, :, :1], trained[..., :4], trained[0]):
+        with pytest.raises(ValueError, match="trained must be"):
+            proxy_attention(model, zsl, wrong)
+    with pytest.raises(ValueError, match=r"trained has .* not finite"):
+        proxy_attention(model, zsl, torch.full_like(trained, torch.nan))
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        other_demonstrations(torch.rand(4), demonstrations, seed=None)

@@ -17,6 +17,7 @@ from iclgd_lens.kernels.labels import (
     hidden_kernel,
     kernel_ridge,
     label_agreement,
+    label_correlation,
     label_kernel,
     label_regression,
     median_bandwidth,
@@ -361,3 +362,29 @@ def test_head_choice_refuses_too_few_queries_and_other_shapes():
         choose_head(estimates, target[:, :2])
     with pytest.raises(ValueError, match=r"shape \[layer, head, query, label\]; got \[4, 5, 3\]"):
         choose_head(estimates[0], target)
+
+
+def test_labels_are_class_indices():
+    for labels in (torch.tensor([0.5, 1.0]), torch.tensor([True, False]), torch.tensor(1)):
+        with pytest.raises(ValueError, match="must be class indices, one row of whole numbers"):
+            label_regression(torch.ones(1, 2), labels, n_labels=2)
+        with pytest.raises(ValueError, match="labels of queries must be class indices"):
+            label_kernel(labels, torch.tensor([0, 1]))
+    for count in (0, -1, True):
+        with pytest.raises(ValueError, match="n_labels must be at least 1"):
+            label_regression(torch.ones(1, 2), torch.tensor([0, 0]), n_labels=count)
+
+
+def test_what_is_not_finite_or_of_other_queries_is_refused():
+    with pytest.raises(ValueError, match="points has 1 of 6 entries that are not finite"):
+        median_bandwidth(torch.tensor([[0.0, 1.0], [2.0, 3.0], [torch.nan, 4.0]]))
+    with pytest.raises(ValueError, match="values has 2 of 4 entries that are not finite"):
+        kernel_ridge(torch.eye(2), torch.ones(1, 2), torch.tensor([[1.0, 0.0], [torch.nan, torch.nan]]), ridge=1.0)
+    with pytest.raises(ValueError, match="not of the same queries and labels"):
+        label_correlation(torch.rand(3, 2), torch.rand(2, 3))
+
+
+@pytest.mark.parametrize("seed", [1.5, None, "a", True], ids=repr)
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        choose_head(torch.rand(1, 2, 4, 2), torch.rand(4, 2), seed=seed)

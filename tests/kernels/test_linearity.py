@@ -272,3 +272,17 @@ def test_errors_of_the_label_step_are_those_of_lcgd():
         label_step(model, make_demonstrations(), queries, lr=-1.0)
     with pytest.raises(ValueError, match="label of demonstration 0 is not among label_tokens"):
         label_step(model, [Demonstration(torch.tensor([1, 20, 30]), 1)], queries, lr=LR)
+
+
+def test_what_does_not_fit_is_refused():
+    model, queries = make_model("one_layer"), make_queries()
+    update = label_step(model, make_demonstrations(), iter(queries), lr=0.1)
+    for batch_size in (-1, 0, True):
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            own_layer_change(model, update, queries, batch_size=batch_size)
+    with pytest.raises(ValueError, match="query 0 makes a prompt of 66 tokens, longer than the context window of 64"):
+        own_layer_change(model, update, make_queries((65,)))
+    expected = own_layer_change(model, update, queries)
+    assert torch.equal(own_layer_change(model, update, iter(queries)), expected)
+    with pytest.raises(ValueError, match="must both be"):
+        linearity(expected[0], expected[0])

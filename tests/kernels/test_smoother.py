@@ -13,7 +13,7 @@ from iclgd_lens.kernels.smoother import Decomposition, Term, decompose, nadaraya
 from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.runs.activations import Activations
 from iclgd_lens.runs.capture import ATTENTION, capture
-from iclgd_lens.updates.gradient import lcgd
+from iclgd_lens.updates.gradient import gd, lcgd
 from tests.models_zoo import ZOO, in_float64, make_demonstrations, make_model, make_queries
 from tests.reference import cosine, full_prompt, relative_error
 
@@ -187,3 +187,21 @@ def test_runs_under_an_update_are_refused():
         decompose(icl, ft)
     with pytest.raises(ValueError, match="zsl is a run under an update"):
         update.attribution(ft)
+
+
+def test_a_zero_shot_run_that_has_a_context_or_an_update_is_refused():
+    model, queries, demonstrations = make_model("one_layer"), make_queries(), make_demonstrations()
+    keep = ["head_out", "demonstration_out", "demonstration_attention"]
+    icl = capture(model, queries, context=demonstrations, keep=keep)
+    with pytest.raises(ValueError, match="zsl is a run with demonstrations in its context"):
+        decompose(icl, icl)
+    update = gd(model, demonstrations, lr=0.1)
+    with pytest.raises(ValueError, match="zsl is a run under an update"):
+        decompose(icl, capture(model, queries, update=update, keep=["head_out"]))
+
+
+def test_values_that_are_not_finite_and_no_points_are_refused():
+    with pytest.raises(ValueError, match="values has 1 of 2 entries that are not finite"):
+        nadaraya_watson(torch.ones(1, 2), torch.tensor([[1.0], [torch.nan]]))
+    with pytest.raises(ValueError, match="with one or more points"):
+        nadaraya_watson(torch.ones(1, 0), torch.ones(0, 1))

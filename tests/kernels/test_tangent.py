@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +16,7 @@ from iclgd_lens.kernels.tangent import TangentKernel, tangent_kernel
 from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.gradient import lcgd
-from tests.models_zoo import LABEL_WORDS, ZOO, in_float64, label_tokens, make_demonstrations, make_model, make_queries
+from tests.models_zoo import BOS, LABEL_WORDS, ZOO, in_float64, label_tokens, make_demonstrations, make_model, make_queries
 from tests.reference import PARAMETERS, parameter, readout_logits, reference_update, relative_error
 
 FIRSTS = [word[0] for word in LABEL_WORDS]
@@ -315,3 +316,43 @@ BEYOND = torch.tensor([1, 1000, 5])
 def test_what_has_no_kernel_is_refused(demonstrations, queries, options, message):
     with pytest.raises(ValueError, match=message):
         tangent_kernel(make_model("one_layer"), demonstrations, queries, **options)
+
+
+def test_what_does_not_fit_or_belong_together_is_refused():
+    model, demonstrations, queries = make_model("one_layer"), make_demonstrations(), make_queries()
+    for batch_size in (-1, 0, 1.5, True):
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            tangent_kernel(model, demonstrations, queries, batch_size=batch_size)
+    with pytest.raises(ValueError, match="query 1 makes a prompt of 66 tokens, longer than the context window of 64"):
+        tangent_kernel(model, demonstrations, [queries[0], *make_queries((65,))])
+    long = replace(demonstrations[0], tokens=torch.cat([torch.full((64,), BOS), demonstrations[0].tokens]))
+    with pytest.raises(ValueError, match=r"demonstration 1 makes a prompt of .* longer than the context window of 64"):
+        tangent_kernel(model, [demonstrations[0], long], queries)
+    other = replace(queries[1], label_tokens=queries[1].label_tokens[::-1])
+    with pytest.raises(ValueError, match="query 1 has other label words than query 0"):
+        tangent_kernel(model, demonstrations, [queries[0], other])
+
+
+def test_sequences_may_be_generators():
+    model, demonstrations, queries = make_model("one_layer"), make_demonstrations(), make_queries()
+    expected = tangent_kernel(model, demonstrations, queries, parameters=("W_K", "b_V"))
+    found = tangent_kernel(model, iter(demonstrations), iter(queries), parameters=iter(("W_K", "b_V")))
+    assert torch.equal(found.to_queries, expected.to_queries)
+    assert torch.equal(found.shuffled(iter((2, 0, 1))).to_queries, expected.to_queries[:, :, [2, 0, 1]])
+
+
+def test_kernels_are_dealt_out_and_stepped_with_what_there_is():
+    kernel = tangent_kernel(make_model("one_layer"), make_demonstrations(), make_queries())
+    for order in ([0, 1], [0, 1, 1], [0, 1, 3], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="order must name each of the 3 demonstrations once"):
+            kernel.shuffled(order)
+    for lr in (math.nan, -1.0, "0.1"):
+        with pytest.raises(ValueError, match="lr must be a number"):
+            kernel.prediction(lr)
+
+
+def test_autocast_does_not_round_a_kernel():
+    model, demonstrations, queries = make_model("one_layer"), make_demonstrations(), make_queries()
+    expected = tangent_kernel(model, demonstrations, queries).to_queries
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tangent_kernel(model, demonstrations, queries).to_queries, expected)

@@ -197,3 +197,29 @@ def test_shuffled_weights_agree_by_chance():
 def test_there_is_no_shuffling_of_fewer_than_two_tokens(n):
     with pytest.raises(ValueError, match=f"two tokens or more to deal weights out among; got {n}"):
         shuffled_weights(torch.ones(3, n))
+
+
+def test_a_seed_deals_the_same_under_every_default_of_torch_s():
+    weights = torch.linspace(0, 1, 40).view(4, 10)
+    expected = shuffled_weights(weights, seed=3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = shuffled_weights(weights, seed=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(shuffled_weights(weights, seed=3), expected)
+    assert torch.equal(found, expected)
+    for seed in (1.5, None, True, torch.tensor(1)):
+        with pytest.raises(ValueError, match="seed must be a whole number"):
+            shuffled_weights(weights, seed=seed)
+
+
+def test_a_k_that_is_no_whole_number_and_weights_without_an_axis_are_refused():
+    for k in (1.5, True, -1):
+        with pytest.raises(ValueError, match="k must be between 1 and the number of tokens, 5"):
+            top_k_recall(torch.rand(5), torch.rand(5), k=k)
+    with pytest.raises(ValueError, match="two or more; got 1 and 1"):
+        kendall_tau(torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="got 1"):
+        shuffled_weights(torch.tensor(1.0))

@@ -164,3 +164,46 @@ def test_random_update_has_similarity_near_zero_and_none_where_the_update_did_no
     similarity = sim_aou(wide[0], random_update(wide[1], wide[2], seed=1), wide[2])
     assert abs(float(similarity.mean())) < 3 / math.sqrt(200 * 400)
     assert sim_aou(wide[0], random_update(wide[2], wide[2], seed=1), wide[2]).isnan().all()
+
+
+@pytest.mark.parametrize("change", [{"context": "0123"}, {"updated": True}], ids=["context", "update"])
+@pytest.mark.parametrize("measure", [sim_aou, sim_aou_norm, sim_am_delta, alpha, lambda icl, ft, zsl: random_update(ft, zsl)])
+def test_a_zero_shot_run_with_a_context_or_an_update_is_refused(measure, change):
+    icl, ft, zsl = random_run(0), random_run(1), random_run(2)
+    with pytest.raises(ValueError, match="zsl is a run"):
+        measure(icl, ft, replace(zsl, **change))
+
+
+def test_random_update_of_runs_of_other_queries_or_models_is_refused():
+    ft, zsl = random_run(1), random_run(2)
+    with pytest.raises(ValueError, match="same queries"):
+        random_update(ft, random_run(2, n=3))
+    with pytest.raises(ValueError, match="same model"):
+        random_update(ft, replace(zsl, model="another"))
+    with pytest.raises(AttributeError, match="attn_out was not kept"):
+        random_update(ft, replace(zsl, kept={}))
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        random_update(ft, zsl, seed=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_seed_draws_the_same_under_every_default_of_torch_s(dtype, monkeypatch):
+    ft, zsl = random_run(1), random_run(2)
+    expected = random_update(ft, zsl, seed=3)
+    torch.set_default_dtype(dtype)
+    try:
+        found = random_update(ft, zsl, seed=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"), torch.autocast("cpu"):
+        elsewhere = random_update(ft, zsl, seed=3)
+    for name in ("attn_out", "query_scores"):
+        assert torch.equal(found.kept[name], expected.kept[name])
+        assert torch.equal(elsewhere.kept[name], expected.kept[name])
+
+
+def test_autocast_does_not_round_similarities():
+    runs = [random_run(seed) for seed in range(3)]
+    expected = sim_aou(*runs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sim_aou(*runs), expected)

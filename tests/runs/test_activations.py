@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from iclgd_lens.metrics.agreement import false_to_true, js_divergence, rec2ftp, same_prediction
 from iclgd_lens.models.sites import sites_of
 from iclgd_lens.models.touched import same_at_every_position
 from iclgd_lens.runs.activations import Activations
@@ -348,3 +351,45 @@ def test_tokens_of_another_model_s_vocabulary_are_refused_wherever_they_stand(to
     ):
         with pytest.raises(ValueError, match=f"token {token} is not in the model's vocabulary of {D_VOCAB}"):
             capture(make_model(), queries, context=demonstrations)
+
+
+def test_query_ids_are_the_same_in_every_process_and_tell_queries_and_labels_apart():
+    model, (query, *_) = make_model("one_layer"), make_queries()
+    queries = [query, replace(query, label=None), replace(query, label=1), replace(query, tokens=query.tokens.flip(0).roll(1))]
+    found = capture(model, [each for each in queries if each.tokens[0] == BOS], keep=["residual"]).query_ids.tolist()
+    digests = [
+        int(hashlib.sha256(json.dumps([each.tokens.tolist(), each.label]).encode()).hexdigest()[:16], 16) >> 1
+        for each in queries
+        if each.tokens[0] == BOS
+    ]
+    assert found == digests
+    assert len(set(found)) == len(found)
+
+
+def test_runs_know_the_label_words_and_their_order():
+    model, queries = make_model("one_layer"), make_queries()
+    reversed_words = [replace(each, label_tokens=each.label_tokens[::-1]) for each in queries]
+    a, again, b = (capture(model, each) for each in (queries, make_queries(), reversed_words))
+    assert a.label_words == again.label_words != b.label_words
+    assert capture(model, make_queries(with_labels=False)).label_words == ""
+    for metric in (same_prediction, js_divergence):
+        metric(a, again)
+        with pytest.raises(ValueError, match="other label words, or the same in another order"):
+            metric(a, b)
+    for metric in (rec2ftp, false_to_true):
+        metric(a, a, again)
+        for runs in ((b, a, a), (a, b, a), (a, a, b)):
+            with pytest.raises(ValueError, match="other label words, or the same in another order"):
+                metric(*runs)
+        with pytest.raises(ValueError, match="zsl is a run with demonstrations in its context"):
+            metric(a, a, capture(model, queries, context=make_demonstrations()))
+
+
+@pytest.mark.parametrize("name", ["head_out", "own_pattern", "own_values", "score_gradients", "demonstration_out"])
+def test_output_projections_are_there_where_heads_are_kept_and_only_there(name):
+    model = make_model("one_layer")
+    context = make_demonstrations() if name == "demonstration_out" else None
+    found = capture(model, make_queries(), context=context, keep=[name])
+    assert torch.equal(found.W_O[0], model.blocks[0].attn.W_O)
+    with pytest.raises(AttributeError, match=r"W_O was not kept; capture\(\.\.\., keep=\[\.\.\., 'head_out'\]\) keeps it"):
+        _ = capture(model, make_queries(), keep=["attn_out", "residual"]).W_O

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from iclgd_lens.runs.capture import capture
@@ -163,3 +167,102 @@ def test_update_is_refused_once_its_model_was_trained_on(update):
 def test_update_stands_while_another_is_attached(model, update):
     with update.attached(model):
         assert update.fwd_hooks(model)
+
+
+def without_a_token(update: ParameterUpdate, token: int) -> ParameterUpdate:
+    """The update as if one of its tokens had been lost everywhere."""
+    left = [number for number in range(len(update.position)) if number != token]
+    of_tokens = {name: getattr(update, name)[:, left] for name in ("inputs", "key_errors", "value_errors")}
+    return replace(update, **of_tokens, demonstration=update.demonstration[left], position=update.position[left])
+
+
+def changed(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor[..., -1] = value
+    return tensor
+
+
+UNSOUND = {
+    "nan_error": (lambda u: replace(u, key_errors=changed(u.key_errors, math.nan)), "key_errors has .* not finite"),
+    "infinite_input": (lambda u: replace(u, inputs=changed(u.inputs, math.inf)), "inputs has .* not finite"),
+    "nan_loss": (lambda u: replace(u, losses=changed(u.losses, math.nan)), "losses has 1 of"),
+    "nan_norm": (lambda u: replace(u, gradient_norms=changed(u.gradient_norms, math.nan)), "gradient_norms has"),
+    "fewer_errors": (lambda u: replace(u, value_errors=u.value_errors[:, 1:]), "value_errors has .* along the axis 'token'"),
+    "fewer_layers": (lambda u: replace(u, inputs=u.inputs[:1]), "along the axis 'layer'"),
+    "flat": (lambda u: replace(u, key_errors=u.key_errors.flatten(2)), r"key_errors must be \[layer token kv_head d_head\]"),
+    "no_tokens": (lambda u: replace(u, inputs=u.inputs[:, :0]), "inputs has 0 along the axis 'token'"),
+    "half_errors": (lambda u: replace(u, key_errors=u.key_errors.half()), "key_errors must have torch.float32 or"),
+    "fractional_positions": (lambda u: replace(u, position=u.position.float()), "position must have torch.int64"),
+    "negative_position": (lambda u: replace(u, position=u.position - 1), "position has a negative entry, -1"),
+    "negative_demonstration": (lambda u: replace(u, demonstration=u.demonstration - 1), "demonstration must go from 0"),
+    "one_token_lost": (lambda u: without_a_token(u, 2), "some are missing"),
+    "first_token_of_an_epoch_lost": (lambda u: without_a_token(u, len(u.position) // 2), "some are missing"),
+    "a_demonstration_lost": (
+        lambda u: replace(u, losses=u.losses[:-2], gradient_norms=u.gradient_norms[:, :-2]),
+        "demonstration must go from 0 to 1 in order",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", UNSOUND)
+def test_unsound_updates_are_neither_saved_nor_read(fault, tmp_path, update, monkeypatch):
+    make, message = UNSOUND[fault]
+    broken, path = make(update), tmp_path / "broken"
+    with pytest.raises(ValueError, match=message):
+        broken.save(path)
+    monkeypatch.setattr("iclgd_lens.updates.dual.require_sound", lambda tensors, epochs: None)
+    broken.save(path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=f"broken is not a sound update: .*{message}"):
+        ParameterUpdate.load(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"settings": {"method": "sgd"}}, "method must be one of 'gd', 'lcgd'; got 'sgd'"),
+        ({"settings": {"parameters": ["W_Q"]}}, "parameters must be some of .*W_Q"),
+        ({"settings": {"parameters": 5}}, "parameters must be a list, got 5"),
+        ({"settings": {"parameters": [5]}}, "parameters must be some of"),
+        ({"settings": {"lr": "fast"}}, "lr must be a number"),
+        ({"settings": {"lr": -1.0}}, "lr must be a number, finite and not negative"),
+        ({"settings": {"epochs": 0}}, "epochs must be at least 1"),
+        ({"settings": {"epochs": 4}}, "some are missing"),
+        ({"settings": {"momentum": 0.9}}, "its settings must be method, lr"),
+        ({"fingerprint": "bundled"}, "fingerprint must be 16 hex digits"),
+        ({"fingerprint": ""}, "fingerprint must be 16 hex digits"),
+        ({"fingerprint": None}, "fingerprint must be 16 hex digits, got None"),
+        ({"examples": None}, "examples must be 16 hex digits, got None"),
+    ],
+    ids=repr,
+)
+def test_files_with_unknown_settings_or_origins_are_refused(tmp_path, metadata, message, update):
+    update.save(tmp_path / "update")
+    with safe_open(tmp_path / "update", framework="pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in TENSORS}
+    settings = json.loads(about["settings"]) | metadata.pop("settings", {})
+    about = {name: each for name, each in (about | {"settings": json.dumps(settings)} | metadata).items() if each is not None}
+    save_file(tensors, tmp_path / "odd", metadata=about)
+    with pytest.raises(ValueError, match=f"odd is not a sound update: .*{message}"):
+        ParameterUpdate.load(tmp_path / "odd")
+
+
+def test_settings_that_no_json_holds_are_refused(tmp_path, update):
+    update.save(tmp_path / "update")
+    with safe_open(tmp_path / "update", framework="pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in TENSORS}
+    for settings in ("{", "[]", "gd"):
+        save_file(tensors, tmp_path / "odd", metadata=about | {"settings": settings})
+        with pytest.raises(ValueError, match="odd is not a sound update: its settings must be method, lr"):
+            ParameterUpdate.load(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("epochs", [True, 0, 3, 1.0, -1], ids=repr)
+def test_epochs_that_an_update_was_not_made_in_are_refused(epochs, update):
+    with pytest.raises(ValueError, match=f"epochs={epochs}, but the update was made in 2"):
+        update.first_epochs(epochs)
+
+
+def test_a_method_of_no_such_name_is_refused(update):
+    with pytest.raises(ValueError, match="method must be one of 'gd', 'lcgd'; got 'adam'"):
+        replace(update.settings, method="adam")

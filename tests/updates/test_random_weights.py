@@ -137,3 +137,26 @@ def test_a_half_precision_update_is_matched_in_float32():
     assert random.delta("W_K", 0).dtype == torch.float32
     assert random.inputs.dtype == torch.bfloat16
     assert_equally_long(random, update)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_seed_draws_the_same_under_every_default_of_torch_s(dtype):
+    update = gd(make_model(GROUPED), make_demonstrations(), lr=LR)
+    expected = random_weights(update, seed=3)
+    torch.set_default_dtype(dtype)
+    try:
+        found = random_weights(update, seed=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"), torch.autocast("cpu"):
+        elsewhere = random_weights(update, seed=3)
+    for each in (found, elsewhere):
+        for name in ("inputs", "key_errors", "value_errors"):
+            assert torch.equal(getattr(each, name), getattr(expected, name))
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        random_weights(update, seed="a")
+
+
+def test_a_random_update_has_no_epochs():
+    with pytest.raises(ValueError, match="was not made on demonstrations"):
+        random_weights(gd(make_model(GROUPED), make_demonstrations(), lr=LR, epochs=2)).first_epochs(1)
