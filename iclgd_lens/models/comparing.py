@@ -65,9 +65,7 @@ def comparison_prompts(config: Any, n_ctx: int) -> tuple[Int[Tensor, "1 pos"], .
     return (tokens[:, :SHORT],) if longest <= SHORT else (tokens[:, :SHORT], tokens)
 
 
-def hugging_face_outputs(
-    hf_model: Any, prompts: tuple[Int[Tensor, "1 pos"], ...]
-) -> tuple[Float[Tensor, "1 last_pos token"], ...]:
+def hugging_face_outputs(hf_model: Any, prompts: tuple[Int[Tensor, "1 pos"], ...]) -> tuple[Float[Tensor, "1 last_pos token"], ...]:
     """The log-probabilities of a Hugging Face model at each prompt's last positions, in float32 on the CPU or wider."""
     found = []
     with torch.no_grad(), rotary_state_kept(hf_model):
@@ -130,7 +128,7 @@ def rotary_state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _outputs(model: Any, tokens: Int[Tensor, "1 pos"], last: int) -> Iterator[Float[Tensor, "1 last_pos token"]]:
-    """The log-probabilities of a hooked model at a prompt's last positions: its own and, by its last residual stream, the readout's.
+    """A hooked model's log-probabilities at a prompt's last positions: its own and, by its last residual stream, the readout's.
 
     A `HookedTransformer` makes logits of all positions or of none, so of a long prompt its readout alone is used.
     """

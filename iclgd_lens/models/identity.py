@@ -59,8 +59,8 @@ def require_model(name: str) -> None:
     """Check that a name may be a model's, without fetching it.
 
     Raises:
-        ValueError: If it is neither `"bundled"`, a folder, a GGUF file, a name that TransformerLens knows nor one that the hub might
-            know; or if its weights are a pickle.
+        ValueError: If it is neither `"bundled"`, a folder, a GGUF file, a name that TransformerLens knows nor one that the hub
+            might know; or if its weights are a pickle.
     """
     if name == NAME:
         return
@@ -68,7 +68,8 @@ def require_model(name: str) -> None:
     if path is not None:
         if path.is_file() and path.suffix == ".safetensors":
             raise ValueError(
-                f"{path} holds weights alone; give the folder that holds it with config.json and the tokenizer: {path.absolute().parent}"
+                f"{path} holds weights alone; give the folder that holds it with config.json and the tokenizer: "
+                f"{path.absolute().parent}"
             )
         if path.is_file() and path.suffix != ".gguf":
             raise ValueError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
@@ -124,7 +125,7 @@ def _expanded(name: str | Path) -> Path:
 
 
 def _looks_like_a_path(name: str, path: Path) -> bool:
-    """Whether a name that is no folder or file can be nothing else: the hub's names have one slash at most, and no such beginnings."""
+    """Whether a name that is no folder or file was meant as one: names of the hub have one slash at most, and no such beginnings."""
     if name.startswith((".", "/", "~")) or "\\" in name or path.is_absolute():
         return True
     if name.endswith(("/", *_FILES)) or name.count("/") > 1:

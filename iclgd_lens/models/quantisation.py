@@ -38,7 +38,9 @@ def quantisation_in(config: Any) -> dict[str, Any] | None:
     if found is None:
         return None
     entries = dict(found if isinstance(found, dict) else found.to_dict())
-    return {name: value if isinstance(value, bool | int | float | str | type(None)) else str(value) for name, value in entries.items()}
+    return {
+        name: value if isinstance(value, bool | int | float | str | type(None)) else str(value) for name, value in entries.items()
+    }
 
 
 def gguf_quantisation(file: Path) -> dict[str, Any]:

@@ -31,8 +31,8 @@ def require_usable(hf_model: Any) -> None:
     for name, module in hf_model.named_modules():
         if callable(getattr(module, "weight", None)):
             raise ValueError(
-                f"the weights of {name} ({type(module).__name__}) in hf_model are packed by torch's quantisation and cannot be read; "
-                "give the model as it was before"
+                f"the weights of {name} ({type(module).__name__}) in hf_model are packed by torch's quantisation and cannot be "
+                "read; give the model as it was before"
             )
         if type(module).__name__ == "GgufLinear":
             raise ValueError(
@@ -42,8 +42,8 @@ def require_usable(hf_model: Any) -> None:
     for name, tensor in (*hf_model.named_parameters(), *hf_model.named_buffers()):
         if tensor.is_inference():
             raise ValueError(
-                f"hf_model was made within torch.inference_mode(): {name} is an inference tensor, by which no gradient can be taken; "
-                "make or load the model outside"
+                f"hf_model was made within torch.inference_mode(): {name} is an inference tensor, by which no gradient can be "
+                "taken; make or load the model outside"
             )
 
 
@@ -60,8 +60,8 @@ def require_in_one_place(named: Iterable[tuple[str, Tensor]]) -> None:
     absent = next((name for device, name in devices.items() if device.type == "meta"), None)
     if absent is not None:
         raise ValueError(
-            f"the weights of the model are not all in memory: {absent} is off-loaded (accelerate keeps it on the CPU or on a disk, and "
-            "on the meta device here); load the model without device_map, on one device that holds it"
+            f"the weights of the model are not all in memory: {absent} is off-loaded (accelerate keeps it on the CPU or on a disk, "
+            "and on the meta device here); load the model without device_map, on one device that holds it"
         )
     if len(devices) > 1:
         places = ", ".join(f"{name} on {device}" for device, name in devices.items())
@@ -119,8 +119,8 @@ def make_eager(hf_model: Any, what: str) -> None:
     chosen = hf_model.config._attn_implementation
     if chosen not in (None, "eager"):
         raise ValueError(
-            f"{what} runs {chosen!r} attention, which shows no scores, and {type(hf_model).__name__} takes its attention when it is "
-            "made: set_attn_implementation cannot change it. Make the model anew with attn_implementation='eager', an argument of "
+            f"{what} runs {chosen!r} attention, which shows no scores, and {type(hf_model).__name__} takes its attention when it "
+            "is made: set_attn_implementation cannot change it. Make the model anew with attn_implementation='eager', an argument of "
             "from_pretrained and of the configuration"
         )
 
