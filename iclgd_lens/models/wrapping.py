@@ -85,7 +85,7 @@ def around(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
     """
     kind = type(hf_model).__name__
     hf_model.eval()
-    make_eager(hf_model, what)
+    hf_model.set_attn_implementation("eager")
     prompts = comparison_prompts(hf_model.config, shared_window(hf_model.config))
     failed: Exception | None = None
     try:  # Before it is wrapped. What cannot be run so is refused by name, below.
@@ -96,7 +96,7 @@ def around(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
         bridge: Any = make_bridge(hf_model, tokenizer=tokenizer, name=name)
     except Exception as error:  # whatever an adapter for another shape of model stumbles over
         raise ValueError(f"TransformerLens has no bridge for {what} ({kind}): {error}") from error
-    sites_of(bridge)
+    _require_sites(bridge, what)
     if failed is not None:
         raise ValueError(f"{what} ({kind}) does not run: {failed}") from failed
     try:
@@ -109,20 +109,20 @@ def around(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
     return bridge
 
 
-def make_eager(hf_model: Any, what: str) -> None:
-    """Let a Hugging Face model run eager attention, which alone shows its scores.
-
-    Raises:
-        ValueError: If its class chooses attention once, when the model is made.
-    """
-    hf_model.set_attn_implementation("eager")
-    chosen = hf_model.config._attn_implementation
-    if chosen not in (None, "eager"):
+def _require_sites(bridge: Any, what: str) -> None:
+    """Check that a bridge can be served; where its attention alone is in the way, with the reason that it has here."""
+    hf_model = bridge.original_model
+    chosen, kind = hf_model.config._attn_implementation, type(hf_model).__name__
+    try:
+        sites_of(bridge)
+    except ValueError as error:
+        if f"{chosen!r} attention" not in str(error):
+            raise
         raise ValueError(
-            f"{what} runs {chosen!r} attention, which shows no scores, and {type(hf_model).__name__} takes its attention when it "
-            "is made: set_attn_implementation cannot change it. Make the model anew with attn_implementation='eager', an argument of "
+            f"{what} runs {chosen!r} attention, which shows no scores, and {kind} takes its attention when it is made: "
+            "set_attn_implementation cannot change it. Make the model anew with attn_implementation='eager', an argument of "
             "from_pretrained and of the configuration"
-        )
+        ) from error
 
 
 def _way_out(wrapper: Any) -> str:
