@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from iclgd_lens.models.comparing import comparison_prompts, hugging_face_outputs, require_same_outputs, shared_window
-from iclgd_lens.models.hooked import HookedModel, is_bridge, is_hooked_transformer, make_bridge
+from iclgd_lens.models.hooked import HookedModel, is_bridge, is_hooked_transformer, make_bridge, require_in_one_place
 from iclgd_lens.models.quantisation import note_quantisation, quantisation_in
 from iclgd_lens.models.sites import sites_of
 
@@ -45,30 +43,6 @@ def require_usable(hf_model: Any) -> None:
                 f"hf_model was made within torch.inference_mode(): {name} is an inference tensor, by which no gradient can be "
                 "taken; make or load the model outside"
             )
-
-
-def require_in_one_place(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Check that parameters are all there, on one device.
-
-    Raises:
-        ValueError: If one is on the meta device, where accelerate puts what is off-loaded to the CPU or a disk, or two are on
-            different devices.
-    """
-    devices: dict[torch.device, str] = {}
-    for name, parameter in named:
-        devices.setdefault(parameter.device, name)
-    absent = next((name for device, name in devices.items() if device.type == "meta"), None)
-    if absent is not None:
-        raise ValueError(
-            f"the weights of the model are not all in memory: {absent} is off-loaded (accelerate keeps it on the CPU or on a disk, "
-            "and on the meta device here); load the model without device_map, on one device that holds it"
-        )
-    if len(devices) > 1:
-        places = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise ValueError(
-            f"the model is split over several devices ({places}), which is not supported; load it on one that holds it, without "
-            "device_map"
-        )
 
 
 def around(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
