@@ -128,8 +128,7 @@ def rotary_state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _outputs(model: Any, tokens: Int[Tensor, "1 pos"], last: int) -> Iterator[Float[Tensor, "1 last_pos token"]]:
-    """The log-probabilities of a hooked model at a prompt's last positions: its own and, by its last residual stream, the
-    readout's.
+    """A hooked model's log-probabilities at a prompt's last positions: its own and, by its last residual stream, the readout's.
 
     A `HookedTransformer` makes logits of all positions or of none, so of a long prompt its readout alone is used.
     """

@@ -14,8 +14,7 @@ from iclgd_lens.models.hooked import HookedTransformer
 from iclgd_lens.models.lengths import context_window, rope_switches, text_config, windows
 
 OWN_WINDOW = "own_n_ctx"
-"""The attribute of a `HookedTransformer`'s `cfg` that holds the model's own context window, where TransformerLens has a shorter
-one."""
+"""The attribute of `cfg` that holds a model's own context window, where its `HookedTransformer` has a shorter one."""
 
 
 def as_hooked_transformer(

@@ -7,12 +7,12 @@ hooks around a Hugging Face model. TransformerLens 4 has the latter alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
@@ -113,3 +113,27 @@ def make_bridge(
 def is_hooked_transformer(model: object) -> bool:
     """Whether a model is a `HookedTransformer`, which there are none of in TransformerLens 4."""
     return HookedTransformer is not None and isinstance(model, HookedTransformer)
+
+
+def require_in_one_place(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that parameters are all there, on one device.
+
+    Raises:
+        ValueError: If one is on the meta device, where accelerate puts what is off-loaded to the CPU or a disk, or two are on
+            different devices.
+    """
+    devices: dict[torch.device, str] = {}
+    for name, parameter in named:
+        devices.setdefault(parameter.device, name)
+    absent = next((name for device, name in devices.items() if device.type == "meta"), None)
+    if absent is not None:
+        raise ValueError(
+            f"the weights of the model are not all in memory: {absent} is off-loaded (accelerate keeps it on the CPU or on a disk, "
+            "and on the meta device here); load the model without device_map, on one device that holds it"
+        )
+    if len(devices) > 1:
+        places = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ValueError(
+            f"the model is split over several devices ({places}), which is not supported; load it on one that holds it, without "
+            "device_map"
+        )

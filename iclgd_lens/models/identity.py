@@ -125,9 +125,7 @@ def _expanded(name: str | Path) -> Path:
 
 
 def _looks_like_a_path(name: str, path: Path) -> bool:
-    """Whether a name that is no folder or file can be nothing else: the hub's names have one slash at most, and no such
-    beginnings.
-    """
+    """Whether a name that is no folder or file was meant as one: the hub's names have one slash at most, and begin otherwise."""
     if name.startswith((".", "/", "~")) or "\\" in name or path.is_absolute():
         return True
     if name.endswith(("/", *_FILES)) or name.count("/") > 1:

@@ -76,7 +76,9 @@ def load_model(
     with ordinary_tensors():
         if hf_model is not None:
             if name is not None or device is not None or dtype is not None:
-                raise ValueError("a model in memory (hf_model=) keeps its name, device and dtype; give it with its tokenizer alone")
+                raise ValueError(
+                    "a model in memory (hf_model=) keeps its name, device and dtype; give it alone, with its tokenizer"
+                )
             return _processed(_in_memory(hf_model, tokenizer, backend), process_weights)
         if tokenizer is not None:
             raise ValueError("tokenizer= goes with hf_model=; models by name bring their own")

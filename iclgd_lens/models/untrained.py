@@ -132,18 +132,17 @@ def _initialised(source: Any, number: int) -> Any:
 @contextmanager
 def _nan_where_uninitialised() -> Iterator[None]:
     """Memory that nothing is written to would otherwise pass for weights, other ones each time."""
-    was, warns, fills = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    # torch fills new memory with NaN in this mode, unless `fill_uninitialized_memory` was switched off.
+    filling: Any = torch.utils.deterministic
+    was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    filling.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warns)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        filling.fill_uninitialized_memory = fills
 
 
 def _in_the_dtypes_of(

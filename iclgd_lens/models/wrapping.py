@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from iclgd_lens.models.comparing import comparison_prompts, hugging_face_outputs, require_same_outputs, shared_window
-from iclgd_lens.models.hooked import HookedModel, is_bridge, is_hooked_transformer, make_bridge
+from iclgd_lens.models.hooked import HookedModel, is_bridge, is_hooked_transformer, make_bridge, require_in_one_place
 from iclgd_lens.models.quantisation import note_quantisation, quantisation_in
 from iclgd_lens.models.sites import sites_of
 
@@ -47,30 +45,6 @@ def require_usable(hf_model: Any) -> None:
             )
 
 
-def require_in_one_place(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Check that parameters are all there, on one device.
-
-    Raises:
-        ValueError: If one is on the meta device, where accelerate puts what is off-loaded to the CPU or a disk, or two are on
-            different devices.
-    """
-    devices: dict[torch.device, str] = {}
-    for name, parameter in named:
-        devices.setdefault(parameter.device, name)
-    absent = next((name for device, name in devices.items() if device.type == "meta"), None)
-    if absent is not None:
-        raise ValueError(
-            f"the weights of the model are not all in memory: {absent} is off-loaded (accelerate keeps it on the CPU or on a disk, "
-            "and on the meta device here); load the model without device_map, on one device that holds it"
-        )
-    if len(devices) > 1:
-        places = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise ValueError(
-            f"the model is split over several devices ({places}), which is not supported; load it on one that holds it, without "
-            "device_map"
-        )
-
-
 def around(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
     """Put a bridge around a Hugging Face model, if there is one for it, and it and its readout compute what the model does.
 
@@ -85,7 +59,7 @@ def around(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
     """
     kind = type(hf_model).__name__
     hf_model.eval()
-    make_eager(hf_model, what)
+    hf_model.set_attn_implementation("eager")
     prompts = comparison_prompts(hf_model.config, shared_window(hf_model.config))
     failed: Exception | None = None
     try:  # Before it is wrapped. What cannot be run so is refused by name, below.
@@ -96,7 +70,7 @@ def around(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
         bridge: Any = make_bridge(hf_model, tokenizer=tokenizer, name=name)
     except Exception as error:  # whatever an adapter for another shape of model stumbles over
         raise ValueError(f"TransformerLens has no bridge for {what} ({kind}): {error}") from error
-    sites_of(bridge)
+    _require_sites(bridge, what)
     if failed is not None:
         raise ValueError(f"{what} ({kind}) does not run: {failed}") from failed
     try:
@@ -109,21 +83,20 @@ def around(hf_model: Any, tokenizer: Any, name: str, what: str) -> HookedModel:
     return bridge
 
 
-def make_eager(hf_model: Any, what: str) -> None:
-    """Let a Hugging Face model run eager attention, which alone shows its scores.
-
-    Raises:
-        ValueError: If its class chooses attention once, when the model is made.
-    """
-    hf_model.set_attn_implementation("eager")
-    chosen = hf_model.config._attn_implementation
-    # Where ALiBi is the reason that no attention would do, that is said instead.
-    if chosen not in (None, "eager") and not getattr(hf_model.config, "alibi", False):
+def _require_sites(bridge: Any, what: str) -> None:
+    """Check that a bridge can be served; where its attention alone is in the way, with the reason that it has here."""
+    hf_model = bridge.original_model
+    chosen, kind = hf_model.config._attn_implementation, type(hf_model).__name__
+    try:
+        sites_of(bridge)
+    except ValueError as error:
+        if f"{chosen!r} attention" not in str(error):
+            raise
         raise ValueError(
-            f"{what} runs {chosen!r} attention, which shows no scores, and {type(hf_model).__name__} takes its attention when it "
-            "is made: set_attn_implementation cannot change it. Make the model anew with attn_implementation='eager', an argument "
-            "of from_pretrained and of the configuration"
-        )
+            f"{what} runs {chosen!r} attention, which shows no scores, and {kind} takes its attention when it is made: "
+            "set_attn_implementation cannot change it. Make the model anew with attn_implementation='eager', an argument of "
+            "from_pretrained and of the configuration"
+        ) from error
 
 
 def _way_out(wrapper: Any) -> str:
