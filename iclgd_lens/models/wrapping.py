@@ -27,7 +27,8 @@ def require_usable(hf_model: Any) -> None:
         raise ValueError(f"hf_model must be a Hugging Face model, a transformers.PreTrainedModel; got {kind}{_way_out(hf_model)}")
     require_in_one_place(hf_model.named_parameters())
     for name, module in hf_model.named_modules():
-        if callable(getattr(module, "weight", None)):
+        # A parametrised weight is a module there, which is callable too.
+        if callable(weight := getattr(module, "weight", None)) and not isinstance(weight, nn.Module):
             raise ValueError(
                 f"the weights of {name} ({type(module).__name__}) in hf_model are packed by torch's quantisation and cannot be "
                 "read; give the model as it was before"

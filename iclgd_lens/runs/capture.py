@@ -24,7 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from iclgd_lens.checks import require_count
-from iclgd_lens.data.episodes import require_fit, require_known_tokens
+from iclgd_lens.data.episodes import require_fit, require_known_tokens, window_note
 from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, context_tokens, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
@@ -169,7 +169,7 @@ class _Request:
         if any(query.tokens[0] != bos for query in queries):
             raise ValueError("queries and demonstrations must all begin with the same BOS token")
         require_known_tokens([*(context or ()), *queries], model.cfg.d_vocab)
-        require_fit(context or (), queries, model.cfg.n_ctx)
+        require_fit(context or (), queries, model.cfg.n_ctx, window_note(model))
         wanted = _wanted(keep, has_context=context is not None, has_labels=bool(label_tokens))
         if set(wanted) & {"own_values", "score_gradients"}:
             sites.require_separate_heads()

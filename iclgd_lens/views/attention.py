@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from iclgd_lens.checks import require_count
-from iclgd_lens.data.episodes import Episode, require_fit
+from iclgd_lens.data.episodes import Episode, require_fit, window_note
 from iclgd_lens.data.prompts import Demonstration, Query, context_tokens
 from iclgd_lens.files import write_text
 from iclgd_lens.kernels.implied import icl_attention, implied_attention, without_ends
@@ -289,7 +289,7 @@ def _pattern(
     sites = sites_of(model)
     if wrong := [layer for layer in layers if not 0 <= layer < sites.n_layers]:
         raise IndexError(f"there is no layer {wrong[0]}: the model has {sites.n_layers}, counted from 0")
-    require_fit(demonstrations, [query], model.cfg.n_ctx)
+    require_fit(demonstrations, [query], model.cfg.n_ctx, window_note(model))
     tokens = torch.cat([context_tokens(demonstrations), query.tokens[1:]]) if demonstrations else query.tokens
     found: dict[int, Pattern] = {}
 

@@ -15,6 +15,7 @@ from iclgd_lens.kernels.implied import demonstration_queries, proxy_attention
 from iclgd_lens.kernels.smoother import decompose
 from iclgd_lens.models.hooked import make_bridge
 from iclgd_lens.models.linear_maps import linear_map
+from iclgd_lens.models.loading import load_model
 from iclgd_lens.runs.capture import ATTENTION, capture
 from iclgd_lens.updates.gradient import gd
 from tests.hf_zoo import _GROUPED, draw, make_hf_model
@@ -134,3 +135,15 @@ def test_a_torch_hook_on_a_layer_is_part_of_what_it_does():
 def test_what_is_not_linear_is_refused_by_name():
     with pytest.raises(ValueError, match=r"the output projection of layer 1 \(Sequential\) is not a linear map"):
         linear_map(nn.Sequential(nn.Linear(3, 5), nn.ReLU()), 3, torch.float32, "the output projection of layer 1")
+
+
+def test_a_parametrised_projection_is_what_it_comes_to():
+    model = make_hf_model("llama")
+    plain = copy.deepcopy(model)
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.k_proj)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.parametrizations.weight.original0 *= 1.5
+        plain.model.layers[0].self_attn.k_proj.weight.copy_(model.model.layers[0].self_attn.k_proj.weight)
+    found, expected = (gd(load_model(hf_model=each), make_demonstrations(), lr=0.1) for each in (model, plain))
+    for layer in range(2):
+        assert relative_error(found.delta("W_K", layer), expected.delta("W_K", layer)) < 1e-4
