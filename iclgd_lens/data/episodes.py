@@ -14,6 +14,7 @@ from iclgd_lens.checks import in_order
 from iclgd_lens.data.prompts import Demonstration, Query, as_label_tokens
 from iclgd_lens.digests import digest_of
 from iclgd_lens.draws import shuffled
+from iclgd_lens.models.converting import longer_window
 from iclgd_lens.models.hooked import HookedModel, is_hooked_transformer
 
 
@@ -111,11 +112,13 @@ def window_note(model: HookedModel) -> str:
     Mistral and Qwen 3. Where positions are learned, the window is as long as the table of positions.
     """
     cfg = model.cfg
+    if (own := longer_window(model)) is not None:
+        return f'TransformerLens has capped this window: load_model(..., backend="bridge") has the model\'s own of {own}'
     if not is_hooked_transformer(model) or cfg.original_architecture is None or cfg.positional_embedding_type == "standard":
         return ""
     return (
-        'TransformerLens may have capped this window (at 2048 for Mistral and Qwen 3): load_model(..., backend="bridge") keeps '
-        "the model's own"
+        'TransformerLens may have capped this window (at 2048 for Mistral and Qwen 3): load_model(..., backend="bridge") has the '
+        "model's own"
     )
 
 

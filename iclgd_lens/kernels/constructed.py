@@ -35,8 +35,8 @@ from iclgd_lens.kernels.smoother import nadaraya_watson
 from iclgd_lens.metrics.similarity import sim_aou
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedTransformer, make_hooked_transformer
-from iclgd_lens.models.precision import without_autocast
 from iclgd_lens.models.sites import sites_of
+from iclgd_lens.models.surroundings import without_autocast
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.tensor_draws import normal, seeded
 from iclgd_lens.updates.dual import ParameterUpdate, UpdateSettings

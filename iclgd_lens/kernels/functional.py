@@ -28,7 +28,8 @@ from torch import Tensor
 from iclgd_lens.checks import require_count, require_finite, require_one_of, require_positive
 from iclgd_lens.kernels.smoother import require_kernel
 from iclgd_lens.metrics.agreement import distribution_divergence
-from iclgd_lens.models.precision import wide_dtype, without_autocast
+from iclgd_lens.models.precision import wide_dtype
+from iclgd_lens.models.surroundings import without_autocast
 from iclgd_lens.updates.gradient import DivergedError
 
 FunctionalLoss = Literal["squared", "cross_entropy"]

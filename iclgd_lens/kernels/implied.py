@@ -34,8 +34,9 @@ from iclgd_lens.draws import reordered
 from iclgd_lens.metrics.ranking import kendall_tau, spearman_rho, top_k_recall, weight_cosine
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.precision import wide, without_autocast
+from iclgd_lens.models.precision import wide
 from iclgd_lens.models.sites import sites_of
+from iclgd_lens.models.surroundings import without_autocast
 from iclgd_lens.runs.activations import Activations, require_context, require_zero_shot
 from iclgd_lens.runs.capture import capture
 from iclgd_lens.updates.attribution import Attribution

@@ -23,7 +23,8 @@ from torch import Tensor
 from iclgd_lens.checks import require_count, require_finite, require_one_of, require_positive
 from iclgd_lens.kernels.smoother import nadaraya_watson, require_kernel
 from iclgd_lens.metrics.similarity import cosine
-from iclgd_lens.models.precision import wide, without_autocast
+from iclgd_lens.models.precision import wide
+from iclgd_lens.models.surroundings import without_autocast
 from iclgd_lens.tensor_draws import seeded
 
 HiddenKernel = Literal["linear", "cosine", "rbf"]

@@ -20,9 +20,10 @@ from iclgd_lens.data.prompts import Demonstration, Query
 from iclgd_lens.kernels.tangent import first_label_tokens, require_window
 from iclgd_lens.metrics.similarity import cosine
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.precision import ordinary_modes, wide, wide_dtype
+from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook, sites_of
+from iclgd_lens.models.surroundings import ordinary_modes
 from iclgd_lens.runs.passes import passes
 from iclgd_lens.runs.prefix import Prefix
 from iclgd_lens.updates.dual import ALL_PARAMETERS, ParameterUpdate, Schedule

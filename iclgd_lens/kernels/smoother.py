@@ -31,7 +31,8 @@ from torch import Tensor
 
 from iclgd_lens.checks import require_finite
 from iclgd_lens.metrics.similarity import SCORE_ROUNDING, cosine, difference
-from iclgd_lens.models.precision import wide, without_autocast
+from iclgd_lens.models.precision import wide
+from iclgd_lens.models.surroundings import without_autocast
 from iclgd_lens.runs.activations import Activations, require_not_updated, require_same_runs, require_zero_shot
 
 

@@ -37,9 +37,10 @@ from iclgd_lens.checks import require_count, require_not_negative
 from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, Query
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.precision import ordinary_modes, wide, wide_dtype
+from iclgd_lens.models.precision import wide, wide_dtype
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, NamedHook, sites_of
+from iclgd_lens.models.surroundings import ordinary_modes
 from iclgd_lens.runs.activations import label_words_digest
 from iclgd_lens.runs.passes import passes
 from iclgd_lens.runs.prefix import Prefix

@@ -25,7 +25,8 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from iclgd_lens.models.precision import wide, without_autocast
+from iclgd_lens.models.precision import wide
+from iclgd_lens.models.surroundings import without_autocast
 from iclgd_lens.runs.activations import Activations, require_same_runs, require_zero_shot
 
 OUTPUT_ROUNDING, SCORE_ROUNDING = 8, 64

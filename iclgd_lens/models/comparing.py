@@ -92,6 +92,7 @@ def require_same_outputs(
     Raises:
         ValueError: If log-probabilities differ by more than `SAME_OUTPUTS`, or either is not finite.
     """
+    largest = 0.0
     for tokens, theirs in zip(prompts, expected, strict=True):
         for ours in _outputs(model, tokens, theirs.shape[1]):
             difference = float((ours - theirs).abs().max() / theirs.abs().max())
@@ -100,6 +101,9 @@ def require_same_outputs(
                     f"{what} comes out as another model, with log-probabilities that are {difference:.1e} off on a prompt of "
                     f"{tokens.shape[1]} tokens: TransformerLens does not read all of its configuration"
                 )
+            largest = max(largest, difference)
+    lengths = " and ".join(str(tokens.shape[1]) for tokens in prompts)
+    _logger.info("%s: log-probabilities are Hugging Face's to %.0e, on prompts of %s tokens", what, largest, lengths)
 
 
 def shared_window(config: Any, n_ctx: int | None = None) -> int:

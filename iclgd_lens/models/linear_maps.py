@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from iclgd_lens.models.precision import wide
 from iclgd_lens.models.touched import is_untouched
+from iclgd_lens.tensor_draws import normal, seeded
 
 ROWS_AT_ONCE = 1024
 """How many unit vectors a module is given at once."""
@@ -52,7 +53,7 @@ def linear_map(
         units = torch.zeros(min(ROWS_AT_ONCE, n_in - start), n_in, dtype=dtype, device=device)
         units[torch.arange(len(units)), torch.arange(start, start + len(units))] = 1.0
         measured[start : start + len(units)] = module(units) - bias
-    probe = torch.randn(2, n_in, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(device, dtype)
+    probe = normal(seeded(0), 2, n_in).to(device, dtype)
     found, expected = wide(module(probe)), wide(probe) @ wide(measured) + wide(bias)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))
     if not error <= LINEAR[torch.finfo(dtype).bits]:

@@ -28,8 +28,8 @@ from iclgd_lens.data.episodes import require_fit, require_known_tokens, window_n
 from iclgd_lens.data.prompts import ContextLayout, Demonstration, Query, context_tokens, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.precision import ordinary_modes
 from iclgd_lens.models.sites import HookSites, sites_of
+from iclgd_lens.models.surroundings import ordinary_modes
 from iclgd_lens.runs.activations import (
     OF_CONTEXT,
     OF_HEADS,

@@ -18,6 +18,7 @@ from iclgd_lens.models.sites import HookSites, NamedHook
 from iclgd_lens.models.sites.base import Keys, LastQuery
 from iclgd_lens.runs.activations import Kept
 from iclgd_lens.runs.prefix import Prefix
+from iclgd_lens.tensor_draws import normal, seeded
 
 SUMS: tuple[Kept, ...] = (
     "label_log_probs",
@@ -307,9 +308,7 @@ class _Batch:
             values = repeat(
                 wide(seen["attended"]), "batch pos kv_head d_head -> batch pos (kv_head group) d_head", group=heads // kv_heads
             )
-            direction = torch.randn(
-                last.shape[1:], generator=torch.Generator().manual_seed(layer), dtype=torch.float32, device="cpu"
-            ).to(last)
+            direction = normal(seeded(layer), *last.shape[1:]).to(last)
             along = einsum(values - last[:, None], direction, "batch pos head d_head, head d_head -> batch pos head")
             weights = rearrange(pattern, "batch head pos -> batch pos head 1")
             expected = (weights * direction, weights * along[..., None] * gradients)

@@ -26,7 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from iclgd_lens.checks import require_finite
-from iclgd_lens.models.precision import wide, without_autocast
+from iclgd_lens.models.precision import wide
+from iclgd_lens.models.surroundings import without_autocast
 from iclgd_lens.runs.activations import Activations, require_zero_shot
 
 if TYPE_CHECKING:

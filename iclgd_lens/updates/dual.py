@@ -26,8 +26,9 @@ from iclgd_lens.checks import is_whole, require_count, require_not_negative, req
 from iclgd_lens.files import written_whole
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.precision import wide, without_autocast
+from iclgd_lens.models.precision import wide
 from iclgd_lens.models.sites import NamedHook, sites_of
+from iclgd_lens.models.surroundings import without_autocast
 from iclgd_lens.runs.activations import Activations
 from iclgd_lens.updates.attribution import Attribution, attribute
 from iclgd_lens.updates.inject import Parameter, injection_hooks

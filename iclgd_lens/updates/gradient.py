@@ -34,9 +34,9 @@ from iclgd_lens.data.episodes import require_known_tokens
 from iclgd_lens.data.prompts import Demonstration, as_label_tokens, demonstrations_digest
 from iclgd_lens.models.fingerprint import fingerprint
 from iclgd_lens.models.hooked import HookedModel
-from iclgd_lens.models.precision import ordinary_modes
 from iclgd_lens.models.readout import LogitLens
 from iclgd_lens.models.sites import HookSites, sites_of, warn_if_processed
+from iclgd_lens.models.surroundings import ordinary_modes
 from iclgd_lens.updates.backward import Gradients, Loss, layer_causal_gradients, output_gradients
 from iclgd_lens.updates.dual import ALL_PARAMETERS, LossOn, ParameterUpdate, Readout, Schedule, UpdateSettings
 from iclgd_lens.updates.inject import PARAMETERS_OF, Parameter
