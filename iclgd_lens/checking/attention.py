@@ -99,7 +99,7 @@ def heads_through_output(subject: Subject) -> float:
     model: Any = subject.model
     tokens = subject.prompts.draw(min(subject.prompts.long, 24), seed=3)
     subject.count(tokens)
-    weights = capture(model, [Query(tokens)], keep=["residual"]).W_O
+    weights = capture(model, [Query(tokens)], keep=["head_out"]).W_O
     seen: list[Tensor] = []
     handles = [block.attn.register_forward_hook(lambda module, given, out: seen.append(first(out))) for block in model.blocks]
     try:

@@ -98,9 +98,15 @@ def _scores_error(subject: Subject, ours: Float[Tensor, "head key_pos"], used: F
 def _word_log_prob(
     subject: Subject, prompt: Int[Tensor, "pos"], word: Int[Tensor, "label_pos"], last: Float[Tensor, "d_model"]
 ) -> Float[Tensor, ""]:
-    """Mean log-likelihood per token of a label word after a whole prompt."""
+    """Mean log-likelihood per token of a label word after a whole prompt; where rotary frequencies are others for the prompt with
+    the word than for the prompt, of the two run as one sequence.
+    """
+    top, sites = subject.sites.residual_out[-1:], subject.sites
     rows = last[None]
-    if len(word) > 1:
-        ((residual,),) = subject.read(torch.cat([prompt, word[:-1]]), subject.sites.residual_out[-1:])
-        rows = residual[-len(word) :]
+    if sites.frequencies_at(len(prompt)) != sites.frequencies_at(len(prompt) + len(word)):
+        ((residual,),) = subject.read(torch.cat([prompt, word]), top)
+        rows = residual[-len(word) - 1 : -1]
+    elif len(word) > 1:
+        ((residual,),) = subject.read(torch.cat([prompt, word[:-1]]), top)
+        rows = torch.cat([rows, residual[1 - len(word) :]])
     return subject.read_out(rows).gather(-1, word[:, None].to(rows.device)).mean()

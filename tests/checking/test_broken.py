@@ -146,8 +146,8 @@ def test_a_graph_that_is_detached(monkeypatch):
 
 
 def test_an_update_that_is_injected_twice(monkeypatch):
-    model, hooks = bridge(), lens.ParameterUpdate.fwd_hooks
-    monkeypatch.setattr(lens.ParameterUpdate, "fwd_hooks", lambda self, model: hooks(self, model) + hooks(self, model))
+    model, hooks = bridge(), lens.ParameterUpdate._hooks
+    monkeypatch.setattr(lens.ParameterUpdate, "_hooks", lambda self, model: hooks(self, model) + hooks(self, model))
     assert failing(model) == {INJECTED}
 
 

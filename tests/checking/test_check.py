@@ -10,8 +10,10 @@ from torch import nn
 import iclgd_lens as lens
 from iclgd_lens.checking import check as module
 from iclgd_lens.checking.check import Check, Row
+from iclgd_lens.models.lengths import lengths_of_change
 from tests.hf_zoo import make_hf_model
 from tests.models_zoo import make_model
+from tests.runs.test_lengths import make
 
 KINDS = ("gpt2", "gpt_neo", "gpt_neox", "opt", "llama", "mistral", "gemma2", "qwen3", "mixtral")
 SHAPES = ("three_layers", "no_norm", "rotary_rms_grouped_gated", "local_rotary", "soft_caps", "post_norm", "attention_sinks")
@@ -56,11 +58,18 @@ class Adapted(nn.Module):
         return self.base_layer(x) + self.lora_B(self.lora_A(x))
 
 
-def test_adapters_on_keys_and_values_are_gone_through():
+@pytest.mark.parametrize("name", ["longrope", "gemma_that_sees", "qwen_with_a_window"])
+def test_promises_hold_beyond_windows_and_switches_of_rotary_frequencies(name):
+    model, _ = make(name)
+    assert (found := lens.check(model)).ok, str(found)
+    assert found.longest > max(lengths_of_change(model.original_model.config))
+
+
+def test_adapters_are_gone_through():
     """The real weights are the base layers', and what they are added to runs too."""
     hf_model: Any = make_hf_model("llama")
     for number, layer in enumerate(hf_model.model.layers):
-        for name in ("k_proj", "v_proj"):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(layer.self_attn, name, Adapted(getattr(layer.self_attn, name), seed=number))
     assert (found := lens.check(lens.load_model(hf_model=hf_model))).ok, str(found)
 

@@ -24,7 +24,7 @@ from transformer_lens.model_bridge.generalized_components.position_embeddings_at
 from typing_extensions import override
 
 from iclgd_lens.models.after_attention import AfterAttention
-from iclgd_lens.models.hooked import HookedModel
+from iclgd_lens.models.hooked import HookedModel, require_in_one_place
 from iclgd_lens.models.lengths import rope_switches, text_config, windows
 from iclgd_lens.models.linear_maps import linear_map
 from iclgd_lens.models.sites.base import (
@@ -62,6 +62,7 @@ class BridgeSites(HookSites):
         Raises:
             ValueError: If it is one that these sites cannot serve, or it lacks a needed hook.
         """
+        require_in_one_place(model.named_parameters())
         _refuse_unsupported(model)
         blocks: Any = cast(Any, model).blocks
         ends = {f"blocks.{layer}": (block, f"blocks.{layer}.hook_out") for layer, block in enumerate(blocks)}
