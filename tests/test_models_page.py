@@ -59,7 +59,7 @@ def row(name: str) -> tuple[str, ...]:
         type(hf_model).__name__,
         converted(name),
         checked(model),
-        reuse if prefix.exchangeable_padding else f"{reuse}, by equal lengths",
+        reuse if sites.exchangeable_padding else f"{reuse}, by equal lengths",
         parameters,
         ", ".join(traits(model, config)) or "nothing",
     )

@@ -95,6 +95,7 @@ def label_step(
     )
 
 
+@ordinary_modes()
 def own_layer_change(
     model: HookedModel, update: ParameterUpdate, queries: Sequence[Query], *, batch_size: int = 8
 ) -> Float[Tensor, "layer query label"]:
@@ -114,12 +115,11 @@ def own_layer_change(
     require_window("query", [query.tokens for query in queries], model.cfg.n_ctx)
     lens = LogitLens.of(model, firsts)
     change = torch.zeros(sites.n_layers, len(queries), len(firsts), dtype=wide_dtype(model.cfg.dtype), device=model.cfg.device)
-    with ordinary_modes():
-        for rows in (found.rows for found in passes(sites, [len(query.tokens) for query in queries], batch_size=batch_size)):
-            prompts = [queries[row].tokens for row in rows.tolist()]
-            streams: dict[int, Float[Tensor, "batch pos d_model"]] = {}
-            before = _label_logits(sites, prompts, lens, streams)
-            change[:, rows] = _label_logits(sites, prompts, lens, streams, update) - before
+    for rows in (found.rows for found in passes(sites, [len(query.tokens) for query in queries], batch_size=batch_size)):
+        prompts = [queries[row].tokens for row in rows.tolist()]
+        streams: dict[int, Float[Tensor, "batch pos d_model"]] = {}
+        before = _label_logits(sites, prompts, lens, streams)
+        change[:, rows] = _label_logits(sites, prompts, lens, streams, update) - before
     return change
 
 

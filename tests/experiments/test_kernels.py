@@ -367,8 +367,6 @@ def _altered(episode: Episode, case: str) -> Episode:
         return replace(episode, queries=queries[:3])
     if case == "one demonstration":
         return replace(episode, demonstrations=demonstrations[:1])
-    if case == "label out of range":
-        return replace(episode, demonstrations=(*demonstrations[:3], replace(demonstrations[3], label=7)))
     if case == "unlabelled query":
         return replace(episode, queries=(*queries[:4], replace(queries[4], label=None)))
     shared = tuple(torch.cat([queries[0].label_tokens[0], tail]) for tail in queries[0].label_tokens)
@@ -381,7 +379,6 @@ def _altered(episode: Episode, case: str) -> Episode:
         ("too few queries", "at least 4 queries"),
         ("one demonstration", "at least two demonstrations"),
         ("unlabelled query", "query 4 has no label index"),
-        ("label out of range", "demonstration 3 has the label index 7, but there are 2 label words"),
         ("shared first token", "share their first token"),
     ],
 )

@@ -305,7 +305,6 @@ BEYOND = torch.tensor([1, 1000, 5])
         (make_demonstrations(), [], {}, "needs queries with label words"),
         ([replace(d, label=None) for d in make_demonstrations()], make_queries(), {}, "demonstration 0 has the label index None"),
         (make_demonstrations(), with_words((5,), (6,)), {}, "demonstration 2 has the label index 2; need one of 0 to 1"),
-        ([replace(make_demonstrations()[0], label=-1)], make_queries(), {}, "demonstration 0 has the label index -1"),
         ([], make_queries(), {}, "no demonstrations"),
         (make_demonstrations(), make_queries(), {"parameters": ("W_V", "W_Q")}, r"parameters must be some of .*'W_Q'"),
         (make_demonstrations(), make_queries(), {"parameters": ()}, "parameters must be some of"),
