@@ -96,8 +96,8 @@ def _output_loss(plain: PlainModel, tokens: Int[Tensor, "pos"], n_predicted: int
 
 
 def _layer_causal_loss(plain: PlainModel, tokens: Int[Tensor, "pos"], n_predicted: int) -> Float[Tensor, ""]:
-    """The sum of all layers' losses. The prompt runs in as many copies as there are layers, and copy ℓ goes from block ℓ straight
-    to the final norm, so that the plain model itself makes all logits: norm, unembedding, caps and scales.
+    """The sum of all layers' losses. What comes out of every block goes to the final norm as a batch, in the place of what comes
+    out of the last, so that the plain model itself makes all logits: norm, unembedding, caps and scales.
     """
     blocks = plain.blocks
     streams: list[Tensor] = []
@@ -109,10 +109,10 @@ def _layer_causal_loss(plain: PlainModel, tokens: Int[Tensor, "pos"], n_predicte
 
     def read_out_all(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         assert len(streams) == len(blocks)
-        return (torch.stack([stream[layer] for layer, stream in enumerate(streams)]), *args[1:])
+        return (torch.cat(streams), *args[1:])
 
     with _hooked(plain, cut, lambda block, args, out: streams.append(first(out)), read_out_all):
-        logits = plain.logits(tokens.expand(len(blocks), -1))
+        logits = plain.logits(tokens[None])
     return len(blocks) * _cross_entropy(logits, tokens, n_predicted)
 
 
