@@ -13,6 +13,8 @@ import torch
 from iclgd_lens import lcgd, load_task
 from iclgd_lens.data.prompts import context_tokens
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "04_with_your_own_hooks.ipynb"
 
 

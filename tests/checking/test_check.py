@@ -15,8 +15,17 @@ from tests.hf_zoo import make_hf_model
 from tests.models_zoo import make_model
 from tests.runs.test_lengths import make
 
-KINDS = ("gpt2", "gpt_neo", "gpt_neox", "opt", "llama", "mistral", "gemma2", "qwen3", "mixtral")
-SHAPES = ("three_layers", "no_norm", "rotary_rms_grouped_gated", "local_rotary", "soft_caps", "post_norm", "attention_sinks")
+
+def slowly(*names: str) -> list[Any]:
+    """Models that are checked among the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+KINDS = ("gpt2", "opt", "gemma2", *slowly("gpt_neo", "gpt_neox", "llama", "mistral", "qwen3", "mixtral"))
+SHAPES = (
+    "post_norm",
+    *slowly("three_layers", "no_norm", "rotary_rms_grouped_gated", "local_rotary", "soft_caps", "attention_sinks"),
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -33,6 +42,7 @@ def test_a_hooked_transformer_of_each_shape_keeps_every_promise(shape: str):
     assert found.ok, str(found)
 
 
+@pytest.mark.slow
 def test_weights_in_half_precision_and_float64_keep_them_too():
     for dtype in (torch.bfloat16, torch.float64):
         hf_model = make_hf_model("gpt2").to(dtype)
@@ -58,7 +68,7 @@ class Adapted(nn.Module):
         return self.base_layer(x) + self.lora_B(self.lora_A(x))
 
 
-@pytest.mark.parametrize("name", ["longrope", "gemma_that_sees", "qwen_with_a_window"])
+@pytest.mark.parametrize("name", ["longrope", *slowly("gemma_that_sees", "qwen_with_a_window")])
 def test_promises_hold_beyond_windows_and_switches_of_rotary_frequencies(name):
     model, _ = make(name)
     assert (found := lens.check(model)).ok, str(found)
