@@ -10,7 +10,9 @@ from iclgd_lens.cli.common import Backend, Device, DType, console, errors_for_pe
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="'bundled', the folder of a Hugging Face model, or a name on the hub.")],
+    model: Annotated[
+        str, typer.Argument(help="'bundled', the folder of a Hugging Face model, a .gguf file, or a name on the hub.")
+    ],
     device: Device = None,
     dtype: DType = "float32",
     backend: Backend = "auto",

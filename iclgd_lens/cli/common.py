@@ -19,7 +19,9 @@ from iclgd_lens.data.escapes import unescaped
 console = Console(width=None if Console().is_terminal or "COLUMNS" in os.environ else 160)
 errors = Console(stderr=True)
 
-Model = Annotated[str, typer.Option(help="'bundled', the folder of a Hugging Face model, or any name that TransformerLens knows.")]
+Model = Annotated[
+    str, typer.Option(help="'bundled', the folder of a Hugging Face model, a .gguf file, or any name that TransformerLens knows.")
+]
 Data = Annotated[
     Path | None,
     typer.Option(help="Folder of local data, as TASK/SPLIT.csv, .jsonl or .parquet; else the hub.", envvar="ICLGD_DATA"),

@@ -60,7 +60,10 @@ def what_a_user_put_on(model: HookedModel) -> str:
         return "a torch hook on all modules"
     root: Any = model
     known = {*_LIBRARIES, _package(type(root.original_model)) if is_bridge(root) else "transformer_lens"}
-    for name, module in root.named_modules():
+    # A bridge's blocks are the Hugging Face model's, but what is around them there is no part of the bridge.
+    around = root.original_model.named_modules(prefix="original_model") if is_bridge(root) else ()
+    # Each module once, by its name in the bridge.
+    for name, module in {id(module): (name, module) for name, module in (*around, *root.named_modules())}.values():
         if isinstance(module, HookPoint):
             for handle in module.fwd_hooks:
                 if not _is_marked(getattr(handle, "user_hook", None)):

@@ -214,6 +214,15 @@ def test_what_was_put_on_is_named():
     assert what_a_user_put_on(model) == ""
 
 
+def test_torch_hooks_on_the_hugging_face_model_around_the_blocks_are_seen():
+    bridge = make_bridge(make_hf_model("llama"))
+    assert what_a_user_put_on(bridge) == ""
+    for module, name in ((bridge.original_model, "original_model"), (bridge.original_model.model, "original_model.model")):
+        handle = module.register_forward_pre_hook(lambda module, args: None)
+        assert what_a_user_put_on(bridge) == f"a torch hook on {name}"
+        handle.remove()
+
+
 def test_what_takes_no_mark_is_refused():
     with pytest.raises(TypeError, match="cannot be marked; write it as a function"):
         same_at_every_position([].append)
