@@ -66,7 +66,7 @@ def what_a_user_put_on(model: HookedModel) -> str:
     for name, module in {id(module): (name, module) for name, module in (*around, *root.named_modules())}.values():
         if isinstance(module, HookPoint):
             for handle in module.fwd_hooks:
-                if not _is_marked(getattr(handle, "user_hook", None)):
+                if not _is_marked(hook := getattr(handle, "user_hook", None)) and not _is_of_a_bridge(hook):
                     return f"a hook at {name}"
             continue
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -100,6 +100,11 @@ def is_untouched(module: nn.Module, *, but_read: bool = False) -> bool:
 
 def _is_marked(hook: Any) -> bool:
     return getattr(hook, _MARK, False) is True
+
+
+def _is_of_a_bridge(hook: Any) -> bool:
+    """Whether a hook is one by which TransformerLens's bridges work; functions for hooks that it has for users are elsewhere."""
+    return str(getattr(hook, "__module__", None)).startswith("transformer_lens.model_bridge.")
 
 
 def _package(kind: Any) -> str:
