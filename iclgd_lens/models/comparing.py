@@ -38,7 +38,7 @@ LONGEST = 8_448
 _logger = logging.getLogger(__name__)
 
 
-def comparison_prompts(config: Any, n_ctx: int) -> tuple[Int[Tensor, "1 pos"], ...]:
+def comparison_prompts(config: Any, n_ctx: int) -> tuple[Int[Tensor, "1 _pos"], ...]:
     """The prompts, one or two, of a comparison.
 
     Args:
@@ -65,7 +65,7 @@ def comparison_prompts(config: Any, n_ctx: int) -> tuple[Int[Tensor, "1 pos"], .
     return (tokens[:, :SHORT],) if longest <= SHORT else (tokens[:, :SHORT], tokens)
 
 
-def hugging_face_outputs(hf_model: Any, prompts: tuple[Int[Tensor, "1 pos"], ...]) -> tuple[Float[Tensor, "1 last_pos token"], ...]:
+def hugging_face_outputs(hf_model: Any, prompts: tuple[Int[Tensor, "1 _pos"], ...]) -> tuple[Float[Tensor, "1 _last_pos token"], ...]:
     """The log-probabilities of a Hugging Face model at each prompt's last positions, in float32 on the CPU or wider."""
     found = []
     with torch.no_grad(), rotary_state_kept(hf_model):
@@ -77,8 +77,8 @@ def hugging_face_outputs(hf_model: Any, prompts: tuple[Int[Tensor, "1 pos"], ...
 
 def require_same_outputs(
     model: HookedModel,
-    prompts: tuple[Int[Tensor, "1 pos"], ...],
-    expected: tuple[Float[Tensor, "1 last_pos token"], ...],
+    prompts: tuple[Int[Tensor, "1 _pos"], ...],
+    expected: tuple[Float[Tensor, "1 _last_pos token"], ...],
     what: str,
 ) -> None:
     """Check that a model and its readout compute, at each prompt's last positions, what the Hugging Face model does.

@@ -71,6 +71,7 @@ def test_k_counts_the_demonstrations():
 # What an episode is made of
 
 
+@pytest.mark.unchecked_shapes
 def test_an_episode_reads_generators_once_and_keeps_what_they_gave():
     given = Episode("task", 0, iter(DEMONSTRATIONS), iter(ASKED[0]), iter(("a", "b")), iter(LABELS))
     listed = Episode("task", 0, DEMONSTRATIONS, ASKED[0], ("a", "b"), LABELS)

@@ -349,6 +349,7 @@ def test_demonstrations_may_be_generators():
         assert torch.equal(each(weights, iter(demonstrations)), each(weights, demonstrations))
 
 
+@pytest.mark.unchecked_shapes
 def test_proxy_queries_of_another_shape_or_not_finite_are_refused():
     model, demonstrations = make_model("one_layer"), make_demonstrations()
     zsl = capture(model, make_queries(), keep=["own_inputs"])

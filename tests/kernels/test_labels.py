@@ -364,6 +364,7 @@ def test_head_choice_refuses_too_few_queries_and_other_shapes():
         choose_head(estimates[0], target)
 
 
+@pytest.mark.unchecked_shapes
 def test_labels_are_class_indices():
     for labels in (torch.tensor([0.5, 1.0]), torch.tensor([True, False]), torch.tensor(1)):
         with pytest.raises(ValueError, match="must be class indices, one row of whole numbers"):
@@ -375,6 +376,7 @@ def test_labels_are_class_indices():
             label_regression(torch.ones(1, 2), torch.tensor([0, 0]), n_labels=count)
 
 
+@pytest.mark.unchecked_shapes
 def test_what_is_not_finite_or_of_other_queries_is_refused():
     with pytest.raises(ValueError, match="points has 1 of 6 entries that are not finite"):
         median_bandwidth(torch.tensor([[0.0, 1.0], [2.0, 3.0], [torch.nan, 4.0]]))

@@ -274,6 +274,7 @@ def test_errors_of_the_label_step_are_those_of_lcgd():
         label_step(model, [Demonstration(torch.tensor([1, 20, 30]), 1)], queries, lr=LR)
 
 
+@pytest.mark.unchecked_shapes
 def test_what_does_not_fit_is_refused():
     model, queries = make_model("one_layer"), make_queries()
     update = label_step(model, make_demonstrations(), iter(queries), lr=0.1)

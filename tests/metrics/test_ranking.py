@@ -215,6 +215,7 @@ def test_a_seed_deals_the_same_under_every_default_of_torch_s():
             shuffled_weights(weights, seed=seed)
 
 
+@pytest.mark.unchecked_shapes
 def test_a_k_that_is_no_whole_number_and_weights_without_an_axis_are_refused():
     for k in (1.5, True, -1):
         with pytest.raises(ValueError, match="k must be between 1 and the number of tokens, 5"):

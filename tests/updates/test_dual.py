@@ -205,6 +205,7 @@ UNSOUND = {
 
 
 @pytest.mark.parametrize("fault", UNSOUND)
+@pytest.mark.unchecked_shapes
 def test_unsound_updates_are_neither_saved_nor_read(fault, tmp_path, update, monkeypatch):
     make, message = UNSOUND[fault]
     broken, path = make(update), tmp_path / "broken"
