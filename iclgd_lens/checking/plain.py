@@ -81,7 +81,7 @@ class PlainModel:
         found: nn.Module = self.view(hooked.ln_final)
         return found
 
-    def logits(self, tokens: Int[Tensor, "batch pos"], last: int | None = None) -> Float[Tensor, "batch last d_vocab"]:
+    def logits(self, tokens: Int[Tensor, "batch pos"], last: int | None = None) -> Float[Tensor, "_rows last d_vocab"]:
         """Run whole prompts of equal length, without a cache.
 
         Args:

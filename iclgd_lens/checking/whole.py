@@ -72,7 +72,7 @@ class Subject:
         found: Result = self.known[key]
         return found
 
-    def count(self, *prompts: Int[Tensor, "*batch pos"]) -> None:
+    def count(self, *prompts: Int[Tensor, "..."]) -> None:
         """Count the tokens of prompts that run."""
         for tokens in prompts:
             self.tokens += tokens.numel()
@@ -120,7 +120,7 @@ def prompt_of(query: Query, context: Sequence[Demonstration] | None) -> Int[Tens
 
 
 def largest_error(
-    ours: Float[Tensor, "*shape"], theirs: Float[Tensor, "*shape"], scale: Float[Tensor, "*shape"] | None = None
+    ours: Float[Tensor, "*shape"], theirs: Float[Tensor, "*shape"], scale: Float[Tensor, "..."] | None = None
 ) -> float:
     """The largest difference, relative to the largest entry of the reference, or of a scale."""
     difference = wide(ours.detach()) - wide(theirs.detach()).to(ours.device)

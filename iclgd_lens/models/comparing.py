@@ -65,7 +65,9 @@ def comparison_prompts(config: Any, n_ctx: int) -> tuple[Int[Tensor, "1 _pos"], 
     return (tokens[:, :SHORT],) if longest <= SHORT else (tokens[:, :SHORT], tokens)
 
 
-def hugging_face_outputs(hf_model: Any, prompts: tuple[Int[Tensor, "1 _pos"], ...]) -> tuple[Float[Tensor, "1 _last_pos token"], ...]:
+def hugging_face_outputs(
+    hf_model: Any, prompts: tuple[Int[Tensor, "1 _pos"], ...]
+) -> tuple[Float[Tensor, "1 _last_pos token"], ...]:
     """The log-probabilities of a Hugging Face model at each prompt's last positions, in float32 on the CPU or wider."""
     found = []
     with torch.no_grad(), rotary_state_kept(hf_model):
