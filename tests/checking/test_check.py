@@ -12,6 +12,7 @@ from iclgd_lens.checking import check as module
 from iclgd_lens.checking.check import Check, Row
 from iclgd_lens.models.lengths import lengths_of_change
 from tests.hf_zoo import make_hf_model
+from tests.models.test_linear_maps import Lora
 from tests.models_zoo import make_model
 from tests.runs.test_lengths import make
 
@@ -49,25 +50,6 @@ def test_weights_in_half_precision_and_float64_keep_them_too():
         assert (found := lens.check(lens.load_model(hf_model=hf_model))).ok, str(found)
 
 
-class Adapted(nn.Module):
-    """A low-rank adapter around a linear map, in the layout of peft."""
-
-    def __init__(self, base: nn.Linear, seed: int) -> None:
-        super().__init__()
-        self.base_layer = base
-        generator = torch.Generator().manual_seed(seed)
-        self.lora_A, self.lora_B = nn.Linear(base.in_features, 4, bias=False), nn.Linear(4, base.out_features, bias=False)
-        with torch.no_grad():
-            for each in (self.lora_A.weight, self.lora_B.weight):
-                each.copy_(0.3 * torch.randn(each.shape, generator=generator))
-
-    weight = property(lambda self: self.base_layer.weight)
-    bias = property(lambda self: self.base_layer.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x) + self.lora_B(self.lora_A(x))
-
-
 @pytest.mark.parametrize("name", ["longrope", *slowly("gemma_that_sees", "qwen_with_a_window")])
 def test_promises_hold_beyond_windows_and_switches_of_rotary_frequencies(name):
     model, _ = make(name)
@@ -80,7 +62,7 @@ def test_adapters_are_gone_through():
     hf_model: Any = make_hf_model("llama")
     for number, layer in enumerate(hf_model.model.layers):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(layer.self_attn, name, Adapted(getattr(layer.self_attn, name), seed=number))
+            setattr(layer.self_attn, name, Lora(getattr(layer.self_attn, name), seed=number))
     assert (found := lens.check(lens.load_model(hf_model=hf_model))).ok, str(found)
 
 
